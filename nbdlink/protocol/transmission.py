@@ -1,0 +1,234 @@
+"""The transmission phase: request and reply headers, and the rules that requests obey.
+
+The `Struct`s are public because loops that serve a hundred thousand requests a second use
+them directly; everything else goes through `RequestHeader` and `ReplyReader`.
+
+Sizes and offsets are in bytes. Cookies are opaque 64-bit numbers that the client chooses
+(specification, "Ordering of messages and writes").
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from nbdlink.errors import LocalProtocolError, RemoteProtocolError
+from nbdlink.protocol.constants import (
+    REQUEST_MAGIC,
+    SIMPLE_REPLY_MAGIC,
+    Command,
+    CommandFlag,
+    Error,
+    TransmissionFlag,
+    command_name,
+)
+
+REQUEST: Final = struct.Struct(">IHHQQI")
+"""Magic, command flags, type, cookie, offset, length."""
+
+SIMPLE_REPLY: Final = struct.Struct(">IIQ")
+"""Magic, error, cookie."""
+
+_FLAGS_OF_COMMAND: Final = {
+    # FUA is allowed on every command once it was offered, though it means something only on
+    # those that write (specification, "Command flags").
+    Command.READ: CommandFlag.FUA,
+    Command.WRITE: CommandFlag.FUA,
+    Command.DISC: CommandFlag.FUA,
+    Command.FLUSH: CommandFlag.FUA,
+    Command.TRIM: CommandFlag.FUA,
+    Command.CACHE: CommandFlag.FUA,
+    Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+}
+
+_NEEDS: Final = {
+    Command.FLUSH: TransmissionFlag.SEND_FLUSH,
+    Command.TRIM: TransmissionFlag.SEND_TRIM,
+    Command.WRITE_ZEROES: TransmissionFlag.SEND_WRITE_ZEROES,
+    Command.CACHE: TransmissionFlag.SEND_CACHE,
+}
+
+_WRITES: Final = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
+_HAS_PAYLOAD_LENGTH: Final = frozenset({Command.READ, Command.WRITE})
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHeader:
+    """One request, without a write's payload.
+
+    Attributes:
+        command: the type; an unknown number is kept as it came.
+        cookie: what the reply will carry.
+        offset: bytes from the export's start.
+        length: bytes.
+        flags: command flags; unknown bits are kept.
+    """
+
+    command: int
+    cookie: int
+    offset: int = 0
+    length: int = 0
+    flags: int = 0
+
+    @property
+    def payload_length(self) -> int:
+        """Bytes that follow the header."""
+        return self.length if self.command == Command.WRITE else 0
+
+    def pack(self) -> bytes:
+        """Give the 28 bytes of the header.
+
+        Raises:
+            LocalProtocolError: a number does not fit into its field.
+        """
+        try:
+            return REQUEST.pack(
+                REQUEST_MAGIC, self.flags, self.command, self.cookie, self.offset, self.length
+            )
+        except struct.error:
+            raise LocalProtocolError(
+                f"{command_name(self.command)} at {self.offset} for {self.length} bytes "
+                "does not fit into a request"
+            ) from None
+
+    @classmethod
+    def parse(cls, data: bytes | bytearray | memoryview) -> RequestHeader:
+        """Read the first 28 bytes of `data`.
+
+        Raises:
+            RemoteProtocolError: the magic is wrong; nothing that follows can be trusted.
+        """
+        magic, flags, command, cookie, offset, length = REQUEST.unpack_from(data)
+        if magic != REQUEST_MAGIC:
+            raise RemoteProtocolError(f"a request begins with the wrong magic {magic:#010x}")
+        return cls(command, cookie, offset, length, flags)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRules:
+    """What an export allows a request to be; both sides check against the same rules.
+
+    Attributes:
+        size: the export's size in bytes.
+        flags: its transmission flags.
+        minimum_block: alignment that the client promised to keep; 1 if it promised nothing.
+        maximum_payload: the longest read or write in bytes.
+    """
+
+    size: int
+    flags: TransmissionFlag
+    minimum_block: int
+    maximum_payload: int
+
+    def check(self, command: int, flags: int, offset: int, length: int) -> int:
+        """Say which `Error` a request deserves, or 0 if it is fine.
+
+        The errors are those of the specification's "Error values": EPERM for a write to a
+        read-only export, ENOSPC for a write past the end, EINVAL for the rest.
+        """
+        allowed = _FLAGS_OF_COMMAND.get(Command(command)) if command in _KNOWN else None
+        if allowed is None:
+            return Error.EINVAL
+        if not self.flags & TransmissionFlag.SEND_FUA:
+            allowed &= ~CommandFlag.FUA
+        if not self.flags & TransmissionFlag.SEND_FAST_ZERO:
+            allowed &= ~CommandFlag.FAST_ZERO
+        needs = _NEEDS.get(Command(command), TransmissionFlag(0))
+        if flags & ~allowed or needs & ~self.flags:
+            # A read-only export offers neither trim nor zeroes; the error a person can act on
+            # is the one about writing.
+            if command in _WRITES and self.flags & TransmissionFlag.READ_ONLY:
+                return Error.EPERM
+            return Error.EINVAL
+        if command == Command.FLUSH:
+            return 0 if offset == 0 and length == 0 else Error.EINVAL
+        if command in _WRITES and self.flags & TransmissionFlag.READ_ONLY:
+            return Error.EPERM
+        if offset + length > self.size:
+            return Error.EINVAL if command not in _GROWS else Error.ENOSPC
+        if (offset | length) & (self.minimum_block - 1):
+            return Error.EINVAL
+        if command in _HAS_PAYLOAD_LENGTH and length > self.maximum_payload:
+            return Error.EINVAL
+        return 0
+
+
+_KNOWN: Final = frozenset(_FLAGS_OF_COMMAND)
+_GROWS: Final = frozenset({Command.WRITE, Command.WRITE_ZEROES})
+
+
+def pack_simple_reply(error: int, cookie: int) -> bytes:
+    """Give the 16 bytes of a simple reply's header."""
+    return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
+
+
+class ReplyReader:
+    """Takes simple replies off a stream, each payload straight into its owner's buffer.
+
+    The caller asks `buffer` where the next bytes belong, receives into it, and reports how
+    many came to `received`, which gives the reply that they complete, if any. So a read's
+    payload is never copied, and no byte behind a reply is ever taken off the stream.
+    """
+
+    def __init__(self) -> None:
+        self._header = memoryview(bytearray(SIMPLE_REPLY.size))
+        self._target = self._header
+        self._filled = 0
+        self._pending: dict[int, memoryview | None] = {}
+        self._cookie: int | None = None
+
+    def expect(self, cookie: int, payload: memoryview | None = None) -> None:
+        """Say that a request is on its way, and where its data shall go, if it has any.
+
+        Raises:
+            LocalProtocolError: a request with that cookie is on its way already.
+        """
+        if cookie in self._pending:
+            raise LocalProtocolError(f"the cookie {cookie} is in use")
+        self._pending[cookie] = payload
+
+    @property
+    def outstanding(self) -> int:
+        """How many requests have no reply yet."""
+        return len(self._pending)
+
+    def buffer(self) -> memoryview:
+        """Give the place where the next received bytes belong; never empty."""
+        return self._target[self._filled :]
+
+    def received(self, count: int) -> tuple[int, int] | None:
+        """Take note of `count` bytes in `buffer()`; give (cookie, error) of a complete reply.
+
+        Raises:
+            RemoteProtocolError: the stream ended (`count` is 0), or the reply is malformed or
+                answers nothing that was asked.
+        """
+        if not count:
+            if self._target is self._header and not self._filled and not self._pending:
+                raise RemoteProtocolError("the server closed the connection")
+            raise RemoteProtocolError(
+                f"the server closed the connection with {self.outstanding} requests unanswered"
+            )
+        self._filled += count
+        if self._filled < len(self._target):
+            return None
+        self._filled = 0
+        if self._cookie is not None:
+            done, self._cookie, self._target = self._cookie, None, self._header
+            del self._pending[done]
+            return done, 0
+        magic, error, cookie = SIMPLE_REPLY.unpack(self._header)
+        if magic != SIMPLE_REPLY_MAGIC:
+            raise RemoteProtocolError(f"a reply begins with the wrong magic {magic:#010x}")
+        try:
+            payload = self._pending[cookie]
+        except KeyError:
+            raise RemoteProtocolError(
+                f"the server answered a request that was never made (cookie {cookie:#x})"
+            ) from None
+        if error or not payload:
+            del self._pending[cookie]
+            return cookie, error
+        self._cookie, self._target = cookie, payload
+        return None

@@ -1,0 +1,1 @@
+"""Ways from one machine to another: sockets now, TLS over them later."""
