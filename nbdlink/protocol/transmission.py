@@ -163,6 +163,14 @@ def pack_simple_reply(error: int, cookie: int) -> bytes:
     return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
 
 
+def known_error(value: int) -> int:
+    """Give a reply's error as one of `Error`, or 0: unknown values count as EINVAL."""
+    return value if value in _ERRORS else Error.EINVAL
+
+
+_ERRORS: Final = frozenset({0, *Error})
+
+
 class ReplyReader:
     """Takes simple replies off a stream, each payload straight into its owner's buffer.
 

@@ -1,0 +1,1 @@
+"""The client's side of a connection: the negotiation, and requests from userspace."""

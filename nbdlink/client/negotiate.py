@@ -1,0 +1,381 @@
+"""Drive the client's handshake over a socket, until an export is ready for transmission.
+
+`negotiate` is the whole of it for a socket that will go to the kernel: it never asks for
+structured replies or extended headers, which the kernel's driver does not understand
+(`drivers/block/nbd.c` knows the simple reply magic only). `Negotiation` is the same
+conversation in steps, for those who want to look around first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from nbdlink.errors import (
+    ConfigError,
+    OptionError,
+    RemoteProtocolError,
+    TransportError,
+)
+from nbdlink.protocol.constants import (
+    DEFAULT_MAXIMUM_PAYLOAD,
+    DEFAULT_MINIMUM_BLOCK,
+    DEFAULT_PREFERRED_BLOCK,
+    ClientFlag,
+    Command,
+    HandshakeFlag,
+    InfoType,
+    Option,
+    OptionReply,
+    TransmissionFlag,
+    option_name,
+    reply_name,
+)
+from nbdlink.protocol.handshake import Handshake, Message, Role, State
+from nbdlink.protocol.messages import (
+    BlockSizeInfo,
+    ClientFlags,
+    DescriptionInfo,
+    ExportInfo,
+    ExportListing,
+    ExportNameAnswer,
+    ExportRequest,
+    Greeting,
+    Info,
+    MetaContext,
+    MetaContextRequest,
+    NameInfo,
+    OptionRequest,
+    Reply,
+    pack_export_name,
+    parse_info,
+    printable,
+)
+from nbdlink.protocol.transmission import RequestHeader, RequestRules
+from nbdlink.transport import stream
+from nbdlink.transport.stream import Deadline
+from nbdlink.uri import Target
+
+DEFAULT_TIMEOUT = 15.0
+"""Seconds from the first connect to the end of the handshake."""
+
+_ASKED = (InfoType.EXPORT, InfoType.NAME, InfoType.DESCRIPTION, InfoType.BLOCK_SIZE)
+
+_REFUSALS: dict[int, tuple[str, str | None]] = {
+    OptionReply.ERR_POLICY: ("the server's policy forbids it", None),
+    OptionReply.ERR_TLS_REQD: (
+        "the server demands TLS",
+        "nbdlink cannot speak TLS yet; ask the server's administrator for a plain export",
+    ),
+    OptionReply.ERR_SHUTDOWN: ("the server is shutting down", "try again when it is back"),
+    OptionReply.ERR_UNSUP: ("the server does not know that option", None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NegotiatedExport:
+    """What the server said of an export.
+
+    Attributes:
+        name: the name it was asked for by.
+        size: bytes.
+        flags: transmission flags.
+        block_size: the size constraints that the server announced, or None.
+        canonical_name: the server's own name for it, or None if not told.
+        description: words for people; empty if there are none.
+    """
+
+    name: str
+    size: int
+    flags: TransmissionFlag
+    block_size: BlockSizeInfo | None = None
+    canonical_name: str | None = None
+    description: str = ""
+
+    @property
+    def minimum_block(self) -> int:
+        """Alignment of requests in bytes, announced or by default."""
+        return self.block_size.minimum if self.block_size else DEFAULT_MINIMUM_BLOCK
+
+    @property
+    def preferred_block(self) -> int:
+        """Efficient request size in bytes, announced or by default."""
+        return self.block_size.preferred if self.block_size else DEFAULT_PREFERRED_BLOCK
+
+    @property
+    def maximum_payload(self) -> int:
+        """Longest read or write in bytes, announced or by default."""
+        return self.block_size.maximum if self.block_size else DEFAULT_MAXIMUM_PAYLOAD
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the server refuses writes."""
+        return bool(self.flags & TransmissionFlag.READ_ONLY)
+
+    @property
+    def rules(self) -> RequestRules:
+        """The rules that requests to this export obey."""
+        return RequestRules(self.size, self.flags, self.minimum_block, self.maximum_payload)
+
+
+class Negotiation:
+    """A connection in its handshake. Leaving the `with` block ends it, unless `go` took it over.
+
+    Attributes:
+        target: where the connection leads.
+        structured: whether structured replies have been agreed on.
+    """
+
+    def __init__(self, target: Target, *, timeout: float | None = DEFAULT_TIMEOUT) -> None:
+        """Connect to `target` and exchange the flags.
+
+        Args:
+            target: the server; its export name is only the default of the methods below.
+            timeout: seconds for the whole handshake, or None for ever.
+
+        Raises:
+            TransportError: no connection, or none in time.
+            RemoteProtocolError: no NBD server, or not one that follows the protocol.
+            ConfigError: the target demands TLS.
+        """
+        if target.tls:
+            raise ConfigError(
+                f"{target}: nbdlink cannot speak TLS yet, and will not go on without it",
+                hint="use nbd:// where the network is trusted",
+            )
+        self.target = target
+        self.structured = False
+        self._deadline = Deadline(timeout)
+        self._machine = Handshake(Role.CLIENT)
+        self._socket = stream.connect(target, self._deadline)
+        try:
+            greeting = self._receive()
+            assert isinstance(greeting, Greeting)
+            self.fixed = bool(greeting.flags & HandshakeFlag.FIXED_NEWSTYLE)
+            self._send(ClientFlags(ClientFlag(int(greeting.flags) & int(_CLIENT_FLAGS))))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the session as the protocol wants it: ABORT, if an option may be sent now."""
+        if self._socket.fileno() < 0:
+            return
+        with contextlib.suppress(TransportError, RemoteProtocolError, TimeoutError):
+            if self._machine.state is State.HAGGLING and self.fixed:
+                # Some servers hang up instead of acknowledging; either is fine.
+                self._send(OptionRequest(Option.ABORT))
+                self._receive()
+            elif self._machine.state is State.TRANSMISSION:
+                self._write(RequestHeader(Command.DISC, 0).pack())
+        self._machine.close()
+        self._socket.close()
+
+    def list_exports(self) -> list[ExportListing]:
+        """Ask which exports there are.
+
+        Raises:
+            OptionError: the server does not tell.
+        """
+        replies = self._ask(OptionRequest(Option.LIST))
+        return [ExportListing.parse(reply.data) for reply in replies]
+
+    def request_structured_replies(self) -> bool:
+        """Agree on structured replies, if the server knows them; never for the kernel."""
+        try:
+            self._ask(OptionRequest(Option.STRUCTURED_REPLY))
+        except OptionError:
+            return False
+        self.structured = True
+        return True
+
+    def list_meta_contexts(self, name: str | None = None) -> list[str]:
+        """Ask which metadata contexts an export has; none without structured replies."""
+        request = MetaContextRequest(self._name(name))
+        try:
+            replies = self._ask(OptionRequest(Option.LIST_META_CONTEXT, request.pack()))
+        except OptionError:
+            return []
+        return [
+            MetaContext.parse(reply.data).name
+            for reply in replies
+            if reply.reply == OptionReply.META_CONTEXT
+        ]
+
+    def info(self, name: str | None = None) -> NegotiatedExport:
+        """Ask about an export without choosing it.
+
+        Raises:
+            OptionError: there is no such export, or the server does not know the option
+                (`reply` is ERR_UNSUP then, and `go` still works).
+        """
+        return self._info_or_go(Option.INFO, self._name(name))
+
+    def go(self, name: str | None = None) -> NegotiatedExport:
+        """Choose an export, by EXPORT_NAME where the server does not know GO.
+
+        Raises:
+            OptionError: the server refuses, and says why.
+            RemoteProtocolError: the server hung up, which is how older ones refuse.
+        """
+        name = self._name(name)
+        if self.fixed:
+            try:
+                return self._info_or_go(Option.GO, name)
+            except OptionError as error:
+                if error.reply != OptionReply.ERR_UNSUP:
+                    raise
+        self._send(OptionRequest(Option.EXPORT_NAME, pack_export_name(name)))
+        answer = self._receive()
+        assert isinstance(answer, ExportNameAnswer)
+        return NegotiatedExport(name, answer.size, answer.flags)
+
+    def detach_socket(self) -> socket.socket:
+        """Take the socket over once `go` has begun transmission; it is blocking again.
+
+        Raises:
+            RemoteProtocolError: the server sent something nobody asked for. It would be taken
+                for the reply to the first request.
+        """
+        assert self._machine.state is State.TRANSMISSION
+        if self._machine.trailing_data:
+            raise self._named(RemoteProtocolError("the server sent bytes that nobody asked for"))
+        taken = self._socket.dup()
+        self._socket.close()
+        taken.settimeout(None)
+        return taken
+
+    # The conversation.
+
+    def _name(self, name: str | None) -> str:
+        return self.target.export if name is None else name
+
+    def _info_or_go(self, option: Option, name: str) -> NegotiatedExport:
+        request = ExportRequest(name, tuple(_ASKED))
+        replies = self._ask(OptionRequest(option, request.pack()), name)
+        infos = [parse_info(r.data) for r in replies if r.reply == OptionReply.INFO]
+        return self._collect(name, infos)
+
+    def _collect(self, name: str, infos: list[Info]) -> NegotiatedExport:
+        export: ExportInfo | None = None
+        block_size = canonical = None
+        description = ""
+        for info in infos:
+            match info:
+                case ExportInfo():
+                    export = info
+                case BlockSizeInfo():
+                    block_size = info
+                case NameInfo(text):
+                    canonical = text
+                case DescriptionInfo(text):
+                    description = text
+        if export is None:
+            raise self._named(RemoteProtocolError("the server does not tell the export's size"))
+        return NegotiatedExport(name, export.size, export.flags, block_size, canonical, description)
+
+    def _ask(self, request: OptionRequest, name: str | None = None) -> list[Reply]:
+        """Send an option and give the replies before the acknowledgement."""
+        if not self.fixed:
+            raise self._named(
+                OptionError(
+                    "the server's old newstyle negotiation has no options",
+                    option=request.option,
+                    reply=OptionReply.ERR_UNSUP,
+                )
+            )
+        self._send(request)
+        replies: list[Reply] = []
+        while True:
+            reply = self._receive()
+            assert isinstance(reply, Reply)
+            if reply.is_error:
+                raise self._named(self._refused(reply, name))
+            if reply.is_final:
+                return replies
+            replies.append(reply)
+
+    def _refused(self, reply: Reply, name: str | None) -> OptionError:
+        said = printable(reply.data)[:400]
+        if reply.reply == OptionReply.ERR_UNKNOWN:
+            which = f"the export {name!r}" if name else "a default export"
+            message, hint = f"the server does not offer {which}", self._offered()
+        else:
+            otherwise = f"the server refused {option_name(reply.option)}: {reply_name(reply.reply)}"
+            message, hint = _REFUSALS.get(reply.reply, (otherwise, None))
+        if said:
+            message += f" (it says: {said})"
+        return OptionError(message, option=reply.option, reply=reply.reply, reason=said, hint=hint)
+
+    def _offered(self) -> str | None:
+        """Say what the server offers instead, if it tells."""
+        with contextlib.suppress(OptionError, RemoteProtocolError, TransportError):
+            names = [listing.name for listing in self.list_exports()]
+            if names:
+                more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+                return "it offers " + ", ".join(map(repr, names[:8])) + more
+            return "it offers no export at all"
+        return None
+
+    def _named(self, error: OptionError | RemoteProtocolError) -> OptionError | RemoteProtocolError:
+        error.args = (f"{self.target.address}: {error}",)
+        return error
+
+    def _send(self, message: Message) -> None:
+        self._write(self._machine.send(message))
+
+    def _write(self, data: bytes) -> None:
+        with self._naming_the_server():
+            stream.send(self._socket, data, self._deadline)
+
+    def _receive(self) -> Message:
+        with self._naming_the_server():
+            while (message := self._machine.next_message()) is None:
+                self._machine.receive_data(stream.receive(self._socket, self._deadline))
+            return message
+
+    @contextlib.contextmanager
+    def _naming_the_server(self) -> Iterator[None]:
+        try:
+            yield
+        except (TransportError, RemoteProtocolError) as error:
+            error.args = (f"{self.target.address}: {error}",)
+            raise
+
+
+_CLIENT_FLAGS = ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES
+
+
+def negotiate(
+    target: Target, *, timeout: float | None = DEFAULT_TIMEOUT
+) -> tuple[socket.socket, NegotiatedExport]:
+    """Connect to `target`'s export with simple replies, ready for the first request.
+
+    Args:
+        target: server and export.
+        timeout: seconds for connection and handshake together, or None for ever.
+
+    Returns:
+        The connected, blocking socket, which the caller owns, and what the server said.
+
+    Raises:
+        TransportError, RemoteProtocolError, OptionError, ConfigError: see `Negotiation`.
+    """
+    with Negotiation(target, timeout=timeout) as negotiation:
+        export = negotiation.go()
+        return negotiation.detach_socket(), export
