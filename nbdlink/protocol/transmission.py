@@ -30,7 +30,7 @@ REQUEST: Final = struct.Struct(">IHHQQI")
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")
 """Magic, error, cookie."""
 
-_FLAGS_OF_COMMAND: Final = {
+_FLAGS_OF_COMMAND: Final[dict[int, CommandFlag]] = {
     # FUA is allowed on every command once it was offered, though it means something only on
     # those that write (specification, "Command flags").
     Command.READ: CommandFlag.FUA,
@@ -42,7 +42,7 @@ _FLAGS_OF_COMMAND: Final = {
     Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
 }
 
-_NEEDS: Final = {
+_NEEDS: Final[dict[int, int]] = {
     Command.FLUSH: TransmissionFlag.SEND_FLUSH,
     Command.TRIM: TransmissionFlag.SEND_TRIM,
     Command.WRITE_ZEROES: TransmissionFlag.SEND_WRITE_ZEROES,
@@ -127,23 +127,24 @@ class RequestRules:
         The errors are those of the specification's "Error values": EPERM for a write to a
         read-only export, ENOSPC for a write past the end, EINVAL for the rest.
         """
-        allowed = _FLAGS_OF_COMMAND.get(Command(command)) if command in _KNOWN else None
-        if allowed is None:
+        if command not in _FLAGS_OF_COMMAND:
             return Error.EINVAL
-        if not self.flags & TransmissionFlag.SEND_FUA:
+        # Plain integers: the complement of an IntFlag would leave unknown bits out.
+        allowed = int(_FLAGS_OF_COMMAND[command])
+        has = int(self.flags)
+        if not has & TransmissionFlag.SEND_FUA:
             allowed &= ~CommandFlag.FUA
-        if not self.flags & TransmissionFlag.SEND_FAST_ZERO:
+        if not has & TransmissionFlag.SEND_FAST_ZERO:
             allowed &= ~CommandFlag.FAST_ZERO
-        needs = _NEEDS.get(Command(command), TransmissionFlag(0))
-        if flags & ~allowed or needs & ~self.flags:
+        if flags & ~allowed or _NEEDS.get(command, 0) & ~has:
             # A read-only export offers neither trim nor zeroes; the error a person can act on
             # is the one about writing.
-            if command in _WRITES and self.flags & TransmissionFlag.READ_ONLY:
+            if command in _WRITES and has & TransmissionFlag.READ_ONLY:
                 return Error.EPERM
             return Error.EINVAL
         if command == Command.FLUSH:
             return 0 if offset == 0 and length == 0 else Error.EINVAL
-        if command in _WRITES and self.flags & TransmissionFlag.READ_ONLY:
+        if command in _WRITES and has & TransmissionFlag.READ_ONLY:
             return Error.EPERM
         if offset + length > self.size:
             return Error.EINVAL if command not in _GROWS else Error.ENOSPC
@@ -154,7 +155,6 @@ class RequestRules:
         return 0
 
 
-_KNOWN: Final = frozenset(_FLAGS_OF_COMMAND)
 _GROWS: Final = frozenset({Command.WRITE, Command.WRITE_ZEROES})
 
 

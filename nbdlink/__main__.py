@@ -1,0 +1,5 @@
+"""`python -m nbdlink` is the same as `nbdlink`."""
+
+from nbdlink.cli.main import run
+
+run()

@@ -1,0 +1,96 @@
+"""The `nbdlink` command: finds the verb, runs it, and turns errors into exit codes.
+
+Exit status: 0 done, 1 it failed, 2 the command line or the configuration is wrong,
+130 interrupted. Only the module of the verb that was typed is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from nbdlink.errors import ConfigError, NBDError
+from nbdlink.version import __version__
+
+# Verb -> (the module with its `add_parser(subparsers, verb)`, what it does in a line).
+VERBS = {
+    "attach": ("nbdlink.cli.attach", "bind an export to a block device"),
+    "detach": ("nbdlink.cli.attach", "unbind devices"),
+    "list": ("nbdlink.cli.show", "show what is attached"),
+    "exports": ("nbdlink.cli.show", "show what a server offers"),
+    "info": ("nbdlink.cli.show", "show all that is known of an export or a device"),
+    "serve": ("nbdlink.cli.serve", "serve files and block devices"),
+    "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
+}
+
+
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser; with `only` a verb, the other verbs have help lines and nothing else."""
+    parser = argparse.ArgumentParser(
+        prog="nbdlink",
+        description="Remote NBD exports as local block devices, and the server to match.",
+        epilog="`nbdlink VERB --help` tells more; so does `man nbdlink`.",
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"nbdlink {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb, (module, summary) in VERBS.items():
+        sub = subparsers.add_parser(verb, help=summary, description=summary.capitalize() + ".")
+        if only in (None, verb):
+            import_module(module).add_arguments(sub, verb)
+            sub.add_argument(
+                "-v", "--verbose", action="count", default=0, help="say more; may be repeated"
+            )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and give its exit status; argparse's own errors exit with 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in words if not word.startswith("-")), None)
+    arguments = build_parser(verb if verb in VERBS else None).parse_args(words)
+    try:
+        if arguments.verbose:
+            set_up_logging(arguments.verbose)
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except NBDError as error:
+        complain(error)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("nbdlink: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left early (`nbdlink list | head -1`); that is its right.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def complain(error: NBDError) -> None:
+    """Say on stderr what went wrong, and in a second line what to do next."""
+    print(f"nbdlink: {_one_line(str(error))}", file=sys.stderr)
+    if error.hint:
+        print(f"  hint: {_one_line(error.hint)}", file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    """Keep what a peer or a file name may have smuggled in from reaching the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def set_up_logging(verbose: int) -> None:
+    """Send the log to stderr; each `verbose` shows one level more than warnings."""
+    import logging
+
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    logging.basicConfig(level=level, format="nbdlink: %(message)s", stream=sys.stderr)
+
+
+def run() -> None:
+    """Be the console script."""
+    sys.exit(main())

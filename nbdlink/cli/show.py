@@ -1,0 +1,267 @@
+"""`nbdlink list`, `nbdlink exports` and `nbdlink info`: looking without touching.
+
+The JSON keys are documented in nbdlink-list(1), nbdlink-exports(1) and nbdlink-info(1); the
+keys of an export are those of nbdinfo, so that scripts can read either.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from nbdlink.errors import KernelError, OptionError
+from nbdlink.sizes import format_size
+
+if TYPE_CHECKING:
+    from nbdlink import kernel
+    from nbdlink.client.negotiate import NegotiatedExport, Negotiation
+    from nbdlink.link.record import Record
+    from nbdlink.uri import Target
+
+
+def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Fill the parser of `verb`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    if verb == "list":
+        parser.add_argument(
+            "--probe", action="store_true", help="read a block of each device to see if it lives"
+        )
+        parser.set_defaults(run=run_list)
+        return
+    what = (
+        "host[:port] or an NBD URI" if verb == "exports" else "TARGET, /dev/nbdN or a link's name"
+    )
+    parser.add_argument("target", metavar="TARGET" if verb == "exports" else "WHAT", help=what)
+    parser.add_argument(
+        "--timeout", metavar="S", type=float, default=15.0, help="seconds for the negotiation (15)"
+    )
+    parser.set_defaults(run=run_exports if verb == "exports" else run_info)
+
+
+# Devices.
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    """Print every attached device."""
+    from nbdlink.cli import output
+    from nbdlink.link.attach import attached, attached_records
+
+    devices = attached(probe=arguments.probe)
+    records = {known.index: known for known, _ in attached_records()}
+    sheets = [_device_sheet(device, records.get(device.index)) for device in devices]
+    if arguments.json:
+        output.print_json(sheets)
+    elif not sheets:
+        import sys
+
+        print("nothing is attached", file=sys.stderr)
+    else:
+        columns = ("device", "name", "size", "state", "target", "connections", "mounted on")
+        output.print_table(columns, [_device_row(sheet) for sheet in sheets])
+    return 0
+
+
+def _device_row(sheet: dict[str, Any]) -> list[object]:
+    mounts = [point for part in (sheet, *sheet["partitions"]) for point in part["mounts"]]
+    return [
+        sheet["device"],
+        sheet["name"],
+        format_size(sheet["size"]),
+        sheet["state"],
+        sheet["target"] or sheet["backend"],
+        sheet["connections"],
+        ", ".join(mounts) or None,
+    ]
+
+
+def device_as_json(index: int) -> dict[str, Any]:
+    """Give everything known of one device, as `list --json` and `info --json` print it."""
+    from nbdlink import kernel
+    from nbdlink.link import record
+
+    state = kernel.status(index)
+    known = record.read(index)
+    return _device_sheet(
+        state, known if known and known.describes(state.backend, state.pid) else None
+    )
+
+
+def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str, Any]:
+    return {
+        "device": state.path,
+        "name": known.name if known else None,
+        "size": state.size,
+        "state": str(state.state),
+        "read_only": state.read_only,
+        "block_size": state.block_size,
+        "target": known.target if known else None,
+        "connections": known.connections if known else None,
+        "timeout": known.timeout if known else None,
+        "dead_timeout": known.dead_timeout if known else None,
+        "road": known.road if known else None,
+        "tls": "none" if known else None,
+        "backend": state.backend,
+        "pid": state.pid,
+        "mounts": list(state.mounts),
+        "partitions": [
+            {"device": part.path, "size": part.size, "mounts": list(part.mounts)}
+            for part in state.partitions
+        ],
+    }
+
+
+# Exports.
+
+
+def run_exports(arguments: argparse.Namespace) -> int:
+    """Print what a server offers."""
+    from nbdlink.cli import output
+    from nbdlink.client.negotiate import Negotiation
+    from nbdlink.uri import Target
+
+    target = Target.parse(arguments.target)
+    with Negotiation(target, timeout=arguments.timeout) as negotiation:
+        listings = negotiation.list_exports()
+        structured = negotiation.request_structured_replies()
+        found = []
+        for listing in listings[:_MAX_ASKED]:
+            try:
+                found.append((listing, negotiation.info(listing.name)))
+            except OptionError:
+                found.append((listing, None))
+        found += [(listing, None) for listing in listings[_MAX_ASKED:]]
+        if arguments.json:
+            sheets = [
+                {"export-name": listing.name, "description": listing.description}
+                if export is None
+                else _export_sheet(negotiation, export, listing.description)
+                for listing, export in found
+            ]
+            output.print_json(_server_sheet(structured, sheets))
+            return 0
+    columns = ("export", "size", "access", "connections", "description")
+    rows = [
+        (
+            listing.name or "(default)",
+            format_size(export.size) if export else "?",
+            ("read-only" if export.read_only else "read-write") if export else "?",
+            ("several" if export.flags & _MULTI_CONN else "one") if export else "?",
+            listing.description or (export.description if export else "") or "-",
+        )
+        for listing, export in found
+    ]
+    output.print_table(columns, rows)
+    return 0
+
+
+_MAX_ASKED = 250
+"""Exports asked about one by one; servers bound the options of a connection (ours at 1024)."""
+
+_MULTI_CONN = 1 << 8
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Print everything known of one export or one device."""
+    from nbdlink.cli import output
+
+    if (index := _device_index(arguments.target)) is not None:
+        sheet = device_as_json(index)
+        if arguments.json:
+            output.print_json(sheet)
+        else:
+            sheet["size"] = f"{sheet['size']} ({format_size(sheet['size'])})"
+            sheet["partitions"] = [part["device"] for part in sheet["partitions"]]
+            output.print_sheet(sheet.pop("device"), sheet)
+        return 0
+    from nbdlink.uri import Target
+
+    server = _ask_about(Target.parse(arguments.target), arguments.timeout)
+    if arguments.json:
+        output.print_json(server)
+        return 0
+    packets = "structured" if server["structured"] else "simple"
+    print(f"protocol: {server['protocol']} without TLS, using {packets} packets")
+    for export in server["exports"]:
+        export["export-size"] = f"{export['export-size']} ({export.pop('export-size-str')})"
+        output.print_sheet(f'export="{export.pop("export-name")}"', export)
+    return 0
+
+
+def _device_index(what: str) -> int | None:
+    """Tell a device (or an attached link's name) from a server."""
+    from nbdlink.link.attach import find
+
+    if what.startswith("/dev/"):
+        return find(what)
+    if any(c in what for c in "/:.[") and not what.removeprefix("nbd").isdigit():
+        return None
+    try:
+        return find(what)
+    except KernelError:
+        if what.startswith("nbd") and what[3:].isdigit():
+            raise
+        return None
+
+
+def _ask_about(target: Target, timeout: float) -> dict[str, Any]:
+    from nbdlink.client.negotiate import Negotiation
+    from nbdlink.protocol.constants import OptionReply
+
+    with Negotiation(target, timeout=timeout) as negotiation:
+        structured = negotiation.request_structured_replies() if negotiation.fixed else False
+        try:
+            export = negotiation.info()
+        except OptionError as error:
+            if error.reply != OptionReply.ERR_UNSUP:
+                raise
+            export = negotiation.go()
+        return _server_sheet(structured, [_export_sheet(negotiation, export, None)])
+
+
+def _server_sheet(structured: bool, exports: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "protocol": "newstyle-fixed",
+        "TLS": False,
+        "structured": structured,
+        "exports": exports,
+    }
+
+
+def _export_sheet(
+    negotiation: Negotiation, export: NegotiatedExport, description: str | None
+) -> dict[str, Any]:
+    from dataclasses import replace
+
+    contexts = negotiation.list_meta_contexts(export.name) if negotiation.structured else []
+    sheet: dict[str, Any] = {"export-name": export.canonical_name or export.name}
+    if text := description or export.description:
+        sheet["description"] = text
+    sheet["uri"] = str(replace(negotiation.target, export=export.name))
+    sheet["contexts"] = contexts
+    sheet.update(_capabilities(export))
+    if export.block_size:
+        sheet["block_size_minimum"] = export.block_size.minimum
+        sheet["block_size_preferred"] = export.block_size.preferred
+        sheet["block_size_maximum"] = export.block_size.maximum
+    sheet["export-size"] = export.size
+    sheet["export-size-str"] = format_size(export.size)
+    return sheet
+
+
+def _capabilities(export: NegotiatedExport) -> Iterator[tuple[str, bool]]:
+    from nbdlink.protocol.constants import TransmissionFlag as Flag
+
+    for key, flag in (
+        ("is_rotational", Flag.ROTATIONAL),
+        ("is_read_only", Flag.READ_ONLY),
+        ("can_cache", Flag.SEND_CACHE),
+        ("can_df", Flag.SEND_DF),
+        ("can_fast_zero", Flag.SEND_FAST_ZERO),
+        ("can_flush", Flag.SEND_FLUSH),
+        ("can_fua", Flag.SEND_FUA),
+        ("can_multi_conn", Flag.CAN_MULTI_CONN),
+        ("can_trim", Flag.SEND_TRIM),
+        ("can_zero", Flag.SEND_WRITE_ZEROES),
+    ):
+        yield key, bool(export.flags & flag)

@@ -1,0 +1,1 @@
+"""Links: an export bound to a block device, from specification to device and back."""
