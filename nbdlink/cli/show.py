@@ -1,6 +1,6 @@
 """`nbdlink list`, `nbdlink exports` and `nbdlink info`: looking without touching.
 
-The JSON keys are documented in nbdlink-list(1), nbdlink-exports(1) and nbdlink-info(1); the
+The JSON keys are documented in nbdlink-list(8), nbdlink-exports(8) and nbdlink-info(8); the
 keys of an export are those of nbdinfo, so that scripts can read either.
 """
 
@@ -127,7 +127,7 @@ def run_exports(arguments: argparse.Namespace) -> int:
         found = []
         for listing in listings[:_MAX_ASKED]:
             try:
-                found.append((listing, negotiation.info(listing.name)))
+                found.append((listing, _believable(negotiation, listing.name)))
             except OptionError:
                 found.append((listing, None))
         found += [(listing, None) for listing in listings[_MAX_ASKED:]]
@@ -135,10 +135,15 @@ def run_exports(arguments: argparse.Namespace) -> int:
             sheets = [
                 {"export-name": listing.name, "description": listing.description}
                 if export is None
-                else _export_sheet(negotiation, export, listing.description)
+                else _export_sheet(
+                    target,
+                    export,
+                    listing.description,
+                    negotiation.list_meta_contexts(listing.name) if structured else [],
+                )
                 for listing, export in found
             ]
-            output.print_json(_server_sheet(structured, sheets))
+            output.print_json(_server_sheet(negotiation, sheets))
             return 0
     columns = ("export", "size", "access", "connections", "description")
     rows = [
@@ -210,35 +215,50 @@ def _ask_about(target: Target, timeout: float) -> dict[str, Any]:
 
     with Negotiation(target, timeout=timeout) as negotiation:
         structured = negotiation.request_structured_replies() if negotiation.fixed else False
+        contexts = negotiation.list_meta_contexts() if structured else []
         try:
-            export = negotiation.info()
+            export = _believable(negotiation, target.export)
         except OptionError as error:
             if error.reply != OptionReply.ERR_UNSUP:
                 raise
             export = negotiation.go()
-        return _server_sheet(structured, [_export_sheet(negotiation, export, None)])
+        sheet = _export_sheet(target, export, None, contexts)
+        return _server_sheet(negotiation, [sheet])
 
 
-def _server_sheet(structured: bool, exports: list[dict[str, Any]]) -> dict[str, Any]:
+def _believable(negotiation: Negotiation, name: str) -> NegotiatedExport:
+    """Ask about an export, and ask again if it is said to be empty.
+
+    nbd-server (seen with 3.24) answers INFO with a size of 0 and tells the real one on GO only,
+    which takes a connection for each export.
+    """
+    export = negotiation.info(name)
+    if export.size:
+        return export
+    with type(negotiation)(negotiation.target) as another:
+        return another.go(name)
+
+
+def _server_sheet(negotiation: Negotiation, exports: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "protocol": "newstyle-fixed",
+        "protocol": "newstyle-fixed" if negotiation.fixed else "newstyle",
         "TLS": False,
-        "structured": structured,
+        "structured": negotiation.structured,
         "exports": exports,
     }
 
 
 def _export_sheet(
-    negotiation: Negotiation, export: NegotiatedExport, description: str | None
+    target: Target, export: NegotiatedExport, description: str | None, contexts: list[str]
 ) -> dict[str, Any]:
     from dataclasses import replace
 
-    contexts = negotiation.list_meta_contexts(export.name) if negotiation.structured else []
     sheet: dict[str, Any] = {"export-name": export.canonical_name or export.name}
     if text := description or export.description:
         sheet["description"] = text
-    sheet["uri"] = str(replace(negotiation.target, export=export.name))
-    sheet["contexts"] = contexts
+    sheet["uri"] = str(replace(target, export=export.name))
+    if contexts:
+        sheet["contexts"] = contexts
     sheet.update(_capabilities(export))
     if export.block_size:
         sheet["block_size_minimum"] = export.block_size.minimum

@@ -1,0 +1,126 @@
+"""Exports: a storage under a name, with what clients may do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from nbdlink.errors import ConfigError, LocalProtocolError
+from nbdlink.protocol.constants import TransmissionFlag
+from nbdlink.protocol.messages import BlockSizeInfo, ExportListing
+from nbdlink.protocol.transmission import RequestRules
+from nbdlink.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A storage that clients know by a name.
+
+    Attributes:
+        name: what clients ask for; the empty name is the default export.
+        storage: what is served.
+        description: words for people; empty if there are none.
+        read_only: whether writing is refused, even if the storage could.
+        multi_conn: whether clients may be told that several connections are safe. A server
+            that lets only one client in must not: the second connection would wait for ever.
+
+    Raises:
+        ConfigError: the protocol cannot carry the name, the description or the block sizes.
+    """
+
+    name: str
+    storage: Storage
+    description: str = ""
+    read_only: bool = False
+    multi_conn: bool = True
+
+    def __post_init__(self) -> None:
+        try:
+            ExportListing(self.name, self.description).pack()
+            self.block_size.pack()
+        except LocalProtocolError as error:
+            raise ConfigError(f"export {self.name[:80]!r}: {error}") from None
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether writes are refused, by wish or because the storage cannot."""
+        return self.read_only or self.storage.read_only
+
+    @property
+    def size(self) -> int:
+        """Bytes that clients see: whole blocks only, since nothing else can be asked for."""
+        return self.storage.size // self.storage.minimum_block * self.storage.minimum_block
+
+    @property
+    def block_size(self) -> BlockSizeInfo:
+        """The size constraints of requests."""
+        storage = self.storage
+        return BlockSizeInfo(
+            storage.minimum_block, storage.preferred_block, storage.maximum_payload
+        )
+
+    @property
+    def flags(self) -> TransmissionFlag:
+        """What the export can do."""
+        storage = self.storage
+        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+        if storage.is_rotational:
+            flags |= TransmissionFlag.ROTATIONAL
+        if storage.can_cache:
+            flags |= TransmissionFlag.SEND_CACHE
+        if storage.can_multi_conn and self.multi_conn:
+            flags |= TransmissionFlag.CAN_MULTI_CONN
+        if self.is_read_only:
+            return flags | TransmissionFlag.READ_ONLY
+        if storage.can_trim:
+            flags |= TransmissionFlag.SEND_TRIM
+        if storage.can_zero:
+            flags |= TransmissionFlag.SEND_WRITE_ZEROES
+            if storage.can_fast_zero:
+                flags |= TransmissionFlag.SEND_FAST_ZERO
+        return flags
+
+    @property
+    def rules(self) -> RequestRules:
+        """What requests must keep to.
+
+        The same for every client: one that never asked for block sizes and sends unaligned
+        requests gets errors, not corrupt data (specification, "Size constraints").
+        """
+        storage = self.storage
+        return RequestRules(self.size, self.flags, storage.minimum_block, storage.maximum_payload)
+
+
+class Catalogue:
+    """The exports of a server, in the order in which they are listed."""
+
+    def __init__(self, exports: Iterable[Export]) -> None:
+        """Collect the exports.
+
+        Raises:
+            ConfigError: there is none, or two have the same name.
+        """
+        self._exports: dict[str, Export] = {}
+        for export in exports:
+            if export.name in self._exports:
+                raise ConfigError(
+                    f"two exports have the name {export.name!r}", hint="give each its own name"
+                )
+            self._exports[export.name] = export
+        if not self._exports:
+            raise ConfigError("there is nothing to serve", hint="name a file or a block device")
+
+    def __iter__(self) -> Iterator[Export]:
+        return iter(self._exports.values())
+
+    def __len__(self) -> int:
+        return len(self._exports)
+
+    def find(self, name: str) -> Export | None:
+        """Give the export of that very name, or None; the empty name has no other meaning."""
+        return self._exports.get(name)
+
+    @property
+    def storages(self) -> list[Storage]:
+        """Every storage once, however many exports show it."""
+        return list({id(export.storage): export.storage for export in self}.values())

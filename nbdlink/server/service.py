@@ -1,0 +1,379 @@
+"""The service around the sessions: listeners, threads, signals and a graceful end.
+
+How it works. One thread accepts; each client has a thread of its own, in which nothing that
+goes wrong can reach another client. To stop, the accepting thread closes the listeners, lets
+every session answer the requests that have arrived, breaks off those that take longer than
+the grace, makes the storages durable and closes them. The main thread of a program only waits
+for signals meanwhile, so that a second one is heard whatever the first is waiting for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
+
+from nbdlink.errors import NBDError, RemoteProtocolError, TransportError
+from nbdlink.server import negotiate
+from nbdlink.server.engine import Transmission
+from nbdlink.server.export import Catalogue, Export
+from nbdlink.server.sessions import Phase, Session, Sessions
+from nbdlink.storage.base import Storage
+from nbdlink.storage.raw import RawStorage
+from nbdlink.transport import stream
+from nbdlink.transport.stream import Deadline
+from nbdlink.uri import Target
+
+_log = logging.getLogger("nbdlink.server")
+
+DEFAULT_GRACE: Final = 5.0
+"""Seconds that requests in flight have to finish once the service is told to stop."""
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_PAUSE: Final = 1.0
+"""Seconds without accepting after the system ran out of descriptors or memory."""
+_CUT_GRACE: Final = 2.0
+"""Seconds that a thread has to notice that its connection has been broken off."""
+
+
+class Service:
+    """Serves a catalogue of exports on listening sockets, both of which it takes over.
+
+    Either `run` it in the main thread of a program, or `start` it, and later `stop` and `join`
+    it; a `with` block does the latter three.
+
+    Attributes:
+        catalogue: the exports.
+        sessions: who is connected.
+        addresses: what the listeners are bound to: (host, port) or the path of a Unix socket.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        listeners: Sequence[socket.socket],
+        *,
+        once: bool = False,
+        shared: int = 0,
+        negotiation_timeout: float = negotiate.DEFAULT_TIMEOUT,
+        grace: float = DEFAULT_GRACE,
+        unlink: bool = True,
+    ) -> None:
+        """Prepare a service; nothing is accepted before it starts.
+
+        Args:
+            catalogue: what to serve. Its storages are flushed and closed at the end.
+            listeners: listening sockets, closed at the end.
+            once: stop when the last client that came to transmission has gone.
+            shared: how many clients may be connected at a time, the others wait to be
+                accepted; 0 for any number.
+            negotiation_timeout: seconds that a client has for its handshake.
+            grace: seconds that requests in flight have to finish at the end.
+            unlink: whether the paths of Unix sockets are removed at the end.
+        """
+        self.catalogue = catalogue
+        self.sessions = Sessions(shared, on_removed=self._wake_up)
+        self.addresses = [_address(sock) for sock in listeners]
+        self._listeners = list(listeners)
+        self._paths = [_socket_file(sock) for sock in listeners] if unlink else []
+        self._once = once
+        self._served = False
+        self._negotiation_timeout = negotiation_timeout
+        self._grace = grace
+        self._stopping = False
+        self._aborting = False
+        self._paused_until = 0.0
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._finished = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._work, name="nbd-accept", daemon=True)
+        self.status = 0
+        for sock in self._listeners:
+            sock.setblocking(False)
+
+    # Life.
+
+    def start(self) -> None:
+        """Begin to accept clients, in a thread of its own."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Begin to stop gracefully; `join` waits for the end. Calling it again does nothing."""
+        self._stopping = True
+        self._wake_up()
+
+    def abort(self) -> None:
+        """Stop without grace: connections are broken off, nothing is flushed."""
+        self._aborting = True
+        self.stop()
+        self.sessions.wake()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end; tell whether it has come within `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+        self.join()
+
+    def run(self) -> int:
+        """Serve in the main thread until SIGTERM or SIGINT; give the exit status.
+
+        A second signal breaks off what the first lets finish. The status is 0 after a
+        graceful end, and 1 if it was broken off or something could not be made durable.
+        """
+        signals: list[int] = []
+
+        def caught(number: int, _: FrameType | None) -> None:
+            # A handler may run while its own thread holds any lock, so it takes none.
+            signals.append(number)
+            os.eventfd_write(self._finished, 1)
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = [(number, signal.signal(number, caught)) for number in numbers]
+        try:
+            self.start()
+            while True:
+                os.eventfd_read(self._finished)
+                if len(signals) > 1:
+                    _log.warning("told to stop twice: breaking off")
+                    self.abort()
+                    self.join(_CUT_GRACE)
+                    return 1
+                if not signals or not self._thread.is_alive():
+                    self.join()
+                    return self.status
+                _log.info("told to stop by %s", signal.Signals(signals[0]).name)
+                self.stop()
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    def uri(self, export: str = "") -> str:
+        """Give the URI of an export at the first address, for a client on this machine."""
+        address = self.addresses[0]
+        if isinstance(address, str):
+            return str(Target(socket=address, export=export))
+        host, port = address
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return str(Target(host=host, port=port, export=export))
+
+    def _wake_up(self) -> None:
+        # Nobody listens any more once the accepting thread has closed it.
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+    # Accepting.
+
+    def _work(self) -> None:
+        try:
+            with selectors.DefaultSelector() as selector:
+                self._accept(selector)
+        except Exception as error:
+            _log.critical("accepting failed: %s: %s", type(error).__name__, error)
+            self.status = 1
+        finally:
+            self._wind_down()
+            os.eventfd_write(self._finished, 1)
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        selector.register(self._wake, selectors.EVENT_READ)
+        listening = False
+        while not self._stopping:
+            pause = self._paused_until - time.monotonic()
+            # Whoever is not accepted waits in the kernel's queue, as with qemu-nbd.
+            if listening != (ready := pause <= 0 and self.sessions.has_room()):
+                for sock in self._listeners:
+                    if ready:
+                        selector.register(sock, selectors.EVENT_READ)
+                    else:
+                        selector.unregister(sock)
+                listening = ready
+            for key, _ in selector.select(pause if pause > 0 else None):
+                if key.fileobj == self._wake:
+                    os.eventfd_read(self._wake)
+                    self._paused_until = 0.0  # somebody left, so there may be descriptors
+                elif isinstance(key.fileobj, socket.socket) and self.sessions.has_room():
+                    self._accept_one(key.fileobj)
+            if self._once and self._served and not len(self.sessions):
+                _log.info("the last client has gone")
+                return
+
+    def _accept_one(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                _log.warning("no more clients for now: %s", error.strerror)
+                self._paused_until = time.monotonic() + _PAUSE
+            return  # otherwise the client has changed its mind
+        session = self.sessions.add(sock)
+        thread = threading.Thread(
+            target=self._serve, args=(session,), name=f"nbd-session-{session.number}", daemon=True
+        )
+        session.thread = thread
+        try:
+            thread.start()
+        except RuntimeError as error:
+            _log.warning("%s: turned away: %s", session.peer, error)
+            self.sessions.remove(session)
+            sock.close()
+            self._paused_until = time.monotonic() + _PAUSE
+
+    # One client, in a thread of its own.
+
+    def _serve(self, session: Session) -> None:
+        try:
+            self._converse(session)
+        except RemoteProtocolError as error:
+            _log.warning("%s: hung up on: %s", session.peer, error)
+        except TransportError as error:
+            _log.info("%s: lost in the handshake: %s", session.peer, error)
+        except NBDError as error:
+            _log.error("%s: hung up: %s", session.peer, error)
+        except OSError as error:
+            _log.debug("%s: lost: %s", session.peer, error.strerror or error)
+        except Exception as error:
+            # A bug, here or in a storage, costs this client its connection and nobody else's.
+            _log.error(
+                "%s: hung up: unexpected %s: %s",
+                session.peer,
+                type(error).__name__,
+                error,
+                exc_info=_log.isEnabledFor(logging.DEBUG),
+            )
+        finally:
+            if session.phase is Phase.TRANSMISSION:
+                self._served = True
+            self.sessions.remove(session)
+            session.sock.close()
+
+    def _converse(self, session: Session) -> None:
+        stream.tune(session.sock)
+        deadline = Deadline(self._negotiation_timeout)
+        negotiated = negotiate.negotiate(session.sock, self.catalogue, deadline)
+        if negotiated is None:
+            _log.debug("%s: left without choosing an export", session.peer)
+            return
+        session.export = negotiated.export.name
+        session.phase = Phase.TRANSMISSION
+        _log.info("%s: connected to export %r", session.peer, session.export)
+        how = Transmission(session, negotiated).run()
+        _log.info("%s: %s after %d requests", session.peer, how, session.requests)
+
+    # The end.
+
+    def _wind_down(self) -> None:
+        for sock in self._listeners:
+            sock.close()
+        for path, inode in filter(None, self._paths):
+            # Only if it is still ours: another server may have taken the path over.
+            with contextlib.suppress(OSError):
+                if path.lstat().st_ino == inode:
+                    path.unlink()
+        threads = self.sessions.threads()
+        self.sessions.end()
+        if not self.sessions.wait_until_empty(self._grace, lambda: self._aborting):
+            _log.warning("%d clients did not finish and are broken off", len(self.sessions))
+            self.sessions.cut()
+            self.sessions.wait_until_empty(_CUT_GRACE, lambda: False)
+        deadline = time.monotonic() + _CUT_GRACE
+        for thread in threads:
+            thread.join(max(0, deadline - time.monotonic()))
+        self._close_storages(in_use=len(self.sessions) > 0)
+        os.close(self._wake)
+
+    def _close_storages(self, *, in_use: bool) -> None:
+        for storage in self.catalogue.storages:
+            try:
+                if not self._aborting:
+                    storage.flush()
+                # A thread that hangs in a dead disk must not find its descriptor reused.
+                if not in_use:
+                    storage.close()
+            except OSError as error:
+                _log.error("%s: not made durable: %s", storage.name, error.strerror or error)
+                self.status = 1
+        if in_use or self._aborting:
+            self.status = 1
+
+
+def _address(sock: socket.socket) -> tuple[str, int] | str:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return os.fsdecode(name)
+    return name[0], name[1]
+
+
+def _socket_file(sock: socket.socket) -> tuple[Path, int] | None:
+    """Give path and inode of a Unix socket, to remove that very file later."""
+    name = _address(sock)
+    if not isinstance(name, str) or name.startswith("\0") or not name:
+        return None
+    # Made absolute now: a daemon changes its directory.
+    path = Path(name).absolute()
+    try:
+        return path, path.lstat().st_ino
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def serve_in_thread(
+    exports: Mapping[str, Storage | str | os.PathLike[str]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    unix: str | os.PathLike[str] | None = None,
+    read_only: bool = False,
+    **options: Any,
+) -> Iterator[Service]:
+    """Serve for the duration of a `with` block; the port is one that is free.
+
+    Args:
+        exports: storages, or paths of files and devices, by export name.
+        host: name or address to listen on.
+        port: TCP port, or 0 for any.
+        unix: path of a Unix socket to listen on instead.
+        read_only: whether writing is refused.
+        **options: what `Service` takes.
+
+    Raises:
+        StorageError: a path cannot be served.
+        TransportError: the address cannot be listened on.
+    """
+    with contextlib.ExitStack() as undo:
+        made = []
+        for name, what in exports.items():
+            if not isinstance(what, Storage):
+                what = RawStorage.open(what, read_only=read_only)
+            undo.callback(what.close)
+            multi_conn = options.get("shared") != 1
+            made.append(Export(name, what, read_only=read_only, multi_conn=multi_conn))
+        catalogue = Catalogue(made)
+        if unix is None:
+            listeners = stream.listen_tcp(host, port)
+        else:
+            listeners = [stream.listen_unix(os.fspath(unix))]
+        undo.pop_all()
+    with Service(catalogue, listeners, **options) as service:
+        yield service

@@ -1,0 +1,125 @@
+"""What the server asks of a storage, whatever lies behind it.
+
+A storage is an array of bytes with a fixed size. One object serves every connection of an
+export at once, so every method may be called by many threads at the same time. Requests that
+overlap in time have no order among each other, as on a disk.
+
+The caller keeps requests inside of `0 <= offset` and `offset + length <= size`, aligns them to
+`minimum_block`, and calls no method that writes while `read_only` holds. Whatever else goes
+wrong is an `OSError` with its errno, for the server to translate.
+"""
+
+from __future__ import annotations
+
+import abc
+import errno
+from typing import ClassVar
+
+from nbdlink.protocol.constants import (
+    DEFAULT_MAXIMUM_PAYLOAD,
+    DEFAULT_MINIMUM_BLOCK,
+    DEFAULT_PREFERRED_BLOCK,
+)
+
+
+class Storage(abc.ABC):
+    """An array of bytes that can be served. Subclasses say what they can do.
+
+    Attributes:
+        name: for messages: a path, or another word a person knows it by.
+        size: bytes.
+        read_only: whether writing is impossible.
+        minimum_block: alignment in bytes that requests must have; a power of two.
+        preferred_block: alignment in bytes at which requests are efficient; a power of two.
+        maximum_payload: bytes in the longest read or write that is sensible.
+        can_trim: whether `trim` can have an effect.
+        can_zero: whether `zero` works.
+        can_fast_zero: whether `zero` with `fast` is either fast or fails at once.
+        can_cache: whether `cache` can have an effect.
+        can_multi_conn: whether a write is seen by every thread as soon as it returned, and
+            `flush` covers what any thread wrote. True for everything that keeps no cache by
+            connection.
+        is_rotational: whether seeking costs.
+    """
+
+    name: str
+    size: int
+    read_only: bool
+    minimum_block: int = DEFAULT_MINIMUM_BLOCK
+    preferred_block: int = DEFAULT_PREFERRED_BLOCK
+    maximum_payload: int = DEFAULT_MAXIMUM_PAYLOAD
+    can_trim: bool = False
+    can_zero: bool = True
+    can_fast_zero: bool = False
+    can_cache: bool = False
+    can_multi_conn: bool = True
+    is_rotational: bool = False
+
+    zero_chunk: ClassVar[int] = 1 << 20
+    """Bytes of zeroes that the plain way of `zero` writes at a time."""
+
+    @abc.abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill the whole of `buffer` with what is at `offset`.
+
+        Raises:
+            OSError: not all of it could be read; EIO if the storage ends too early.
+        """
+
+    @abc.abstractmethod
+    def write(self, buffer: memoryview, offset: int, fua: bool) -> None:
+        """Write the whole of `buffer` at `offset`; if `fua`, return once it is durable.
+
+        Raises:
+            OSError: not all of it could be written, or made durable.
+        """
+
+    def zero(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:
+        """Make a range read as zeroes.
+
+        Args:
+            offset: bytes from the start.
+            length: bytes; as long as the protocol can say, so it costs no memory.
+            may_trim: whether its space may be given back.
+            fast: fail at once rather than take as long as writing would.
+            fua: return once it is durable.
+
+        Raises:
+            OSError: ENOTSUP if `fast` is asked for and impossible, and nothing has changed.
+        """
+        if fast:
+            raise OSError(errno.ENOTSUP, "zeroes are no faster than writing here")
+        zeroes = memoryview(bytes(min(length, self.zero_chunk)))
+        end = offset + length
+        while offset < end:
+            count = min(end - offset, len(zeroes))
+            self.write(zeroes[:count], offset, False)
+            offset += count
+        if fua:
+            self.flush()
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Take the hint that the bytes of a range are not needed; they may become anything.
+
+        Raises:
+            OSError: it was tried and failed. A storage that cannot trim does nothing.
+        """
+
+    def cache(self, offset: int, length: int) -> None:
+        """Take the hint that a range will be read soon. Does not wait for it.
+
+        Raises:
+            OSError: it was tried and failed.
+        """
+
+    @abc.abstractmethod
+    def flush(self) -> None:
+        """Make durable whatever writes have returned before, in any thread.
+
+        Raises:
+            OSError: some of it may be lost.
+        """
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give everything back, without flushing. No other method may run or follow."""

@@ -1,0 +1,345 @@
+"""A file or a block device, served byte by byte as it is.
+
+All connections share one open file, so they share the kernel's page cache too: what one has
+written the others read, and one fdatasync covers them all. That is why `can_multi_conn` holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final, Self
+
+from nbdlink.errors import StorageError
+from nbdlink.protocol.constants import MAX_EXPORT_SIZE
+from nbdlink.storage import blockdev
+from nbdlink.storage.base import Storage
+from nbdlink.storage.fallocate import (
+    ALLOCATE,
+    PUNCH_HOLE,
+    UNSUPPORTED,
+    ZERO_RANGE,
+    fallocate,
+)
+
+_ZEROES: Final = memoryview(bytes(1 << 20))
+_LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
+"""How a failed write-back shows; see `RawStorage._sync`."""
+
+_KINDS: Final = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+)
+
+
+class RawStorage(Storage):
+    """A regular file or block device, or a window of one. Made by `open`.
+
+    Attributes:
+        path: as it was given.
+        start: bytes of the file before the window.
+    """
+
+    can_fast_zero = True
+    can_cache = True
+
+    def __init__(
+        self, path: Path, fd: int, *, start: int, size: int, read_only: bool, device: bool
+    ) -> None:
+        """Take over an open file; see `open`."""
+        self.path = path
+        self.name = str(path)
+        self.start = start
+        self.size = size
+        self.read_only = read_only
+        self._fd = fd
+        self._device = device
+        self._align = 1
+        self._lost = 0
+        self._unsupported: set[int] = set()
+        self._dsync = os.RWF_DSYNC
+        status = os.fstat(fd)
+        disk = status.st_rdev if device else status.st_dev
+        self.is_rotational = blockdev.queue_setting(disk, "rotational") != 0
+        if device:
+            self._align, physical = blockdev.sector_sizes(fd)
+            self.preferred_block = max(self.preferred_block, physical)
+            self.can_trim = blockdev.queue_setting(disk, "discard_max_bytes") != 0
+        elif not read_only:
+            # A hole behind the end changes nothing, and tells whether holes can be made.
+            self.can_trim = self._try(PUNCH_HOLE, status.st_size, 1)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        read_only: bool = False,
+    ) -> Self:
+        """Open what is to be served.
+
+        Args:
+            path: of a regular file or block device.
+            offset: bytes to leave out at the front.
+            size: bytes to serve, or None for all that follow `offset`.
+            read_only: whether to open it for reading only.
+
+        Raises:
+            StorageError: it cannot be opened, is something else, or is too short.
+        """
+        path = Path(path)
+        try:
+            _check_kind(path, path.stat().st_mode)
+            # Not blocking, because it might have become a FIFO since; for files and block
+            # devices that means nothing.
+            mode = os.O_RDONLY if read_only else os.O_RDWR
+            fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise _open_error(path, error, read_only=read_only) from None
+        try:
+            return cls._of(path, fd, offset, size, read_only=read_only)
+        except OSError as error:
+            os.close(fd)
+            raise StorageError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _of(cls, path: Path, fd: int, offset: int, size: int | None, *, read_only: bool) -> Self:
+        os.set_blocking(fd, True)
+        status = os.fstat(fd)
+        _check_kind(path, status.st_mode)
+        device = stat.S_ISBLK(status.st_mode)
+        if device and not read_only and blockdev.is_read_only(fd):
+            raise StorageError(
+                f"{path}: the device is read-only", hint="serve it with -r (--read-only)"
+            )
+        whole = blockdev.size(fd) if device else status.st_size
+        sector = blockdev.sector_sizes(fd)[0] if device else 1
+        size = _window(path, whole, offset, size, sector)
+        return cls(path, fd, start=offset, size=size, read_only=read_only, device=device)
+
+    # Reading and writing.
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`; EIO where the file has been truncated below the export's size."""
+        position = self.start + offset
+        count = os.preadv(self._fd, (buffer,), position)
+        missing = len(buffer) - count
+        while missing:
+            if not count:
+                raise OSError(errno.EIO, f"{self.name} has become shorter than its export")
+            position += count
+            count = os.preadv(self._fd, (buffer[-missing:],), position)
+            missing -= count
+
+    def write(self, buffer: memoryview, offset: int, fua: bool) -> None:
+        """Write `buffer`."""
+        if fua:
+            self._write_through(buffer, self.start + offset)
+        else:
+            self._write(buffer, self.start + offset, 0)
+
+    def _write(self, buffer: memoryview, position: int, flags: int) -> None:
+        count = os.pwritev(self._fd, (buffer,), position, flags)
+        missing = len(buffer) - count
+        while missing:
+            if not count:
+                raise OSError(errno.EIO, f"{self.name} takes no more bytes")
+            position += count
+            count = os.pwritev(self._fd, (buffer[-missing:],), position, flags)
+            missing -= count
+
+    def _write_through(self, buffer: memoryview, position: int) -> None:
+        if not self._dsync:
+            self._write(buffer, position, 0)
+            self._sync()
+            return
+        self._check_lost()
+        try:
+            self._write(buffer, position, self._dsync)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._dsync = 0  # this file system does not know RWF_DSYNC
+                self._write_through(buffer, position)
+                return
+            self._note_lost(error)
+            raise
+
+    # Zeroes and holes.
+
+    def zero(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:
+        """Zero a range, as a hole or without writing where that is possible."""
+        if length:
+            begin = self.start + offset
+            end = begin + length
+            # Devices zero whole sectors; the edges, less than two sectors, are written. They
+            # come last: if the whole is too slow for `fast`, nothing may have changed.
+            inner = -(-begin // self._align) * self._align
+            outer = end // self._align * self._align
+            if inner < outer:
+                if not self._zero_range(inner, outer - inner, may_trim=may_trim, fast=fast):
+                    if fast:
+                        raise OSError(errno.ENOTSUP, f"{self.name}: no fast way to write zeroes")
+                    self._write_zeroes(inner, outer)
+                self._write_zeroes(begin, inner)
+                self._write_zeroes(outer, end)
+            else:
+                self._write_zeroes(begin, end)
+        if fua:
+            self._sync()
+
+    def _zero_range(self, position: int, length: int, *, may_trim: bool, fast: bool) -> bool:
+        """Have the kernel zero a range; False if it has no way that is good enough."""
+        if may_trim and self._try(PUNCH_HOLE, position, length):
+            return True
+        if self._device:
+            # The kernel writes the zeroes itself if the device cannot.
+            return not fast and self._try(ZERO_RANGE, position, length)
+        if self._try(ZERO_RANGE, position, length):
+            return True
+        # tmpfs has holes and allocation, but not the two in one.
+        return self._try(PUNCH_HOLE, position, length) and self._try(ALLOCATE, position, length)
+
+    def _try(self, mode: int, position: int, length: int) -> bool:
+        """Do a fallocate; False, from then on without asking, if the kernel does not know it."""
+        if mode in self._unsupported:
+            return False
+        try:
+            fallocate(self._fd, mode, position, length)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            self._unsupported.add(mode)
+            return False
+        return True
+
+    def _write_zeroes(self, position: int, end: int) -> None:
+        while position < end:
+            count = min(end - position, len(_ZEROES))
+            self._write(_ZEROES[:count], position, 0)
+            position += count
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Punch a hole, or discard on a device."""
+        begin = self.start + offset
+        inner = -(-begin // self._align) * self._align
+        outer = (begin + length) // self._align * self._align
+        if self.can_trim and inner < outer:
+            if not self._device:
+                self.can_trim = self._try(PUNCH_HOLE, inner, outer - inner)
+            else:
+                try:
+                    blockdev.discard(self._fd, inner, outer - inner)
+                except OSError as error:
+                    if error.errno not in UNSUPPORTED:
+                        raise
+                    self.can_trim = False
+        if fua:
+            self._sync()
+
+    def cache(self, offset: int, length: int) -> None:
+        """Have the kernel read ahead; it takes as much as the disk's read-ahead allows."""
+        if length:  # to the kernel 0 means "to the end"
+            os.posix_fadvise(self._fd, self.start + offset, length, os.POSIX_FADV_WILLNEED)
+
+    # Durability.
+
+    def flush(self) -> None:
+        """Make all writes durable."""
+        if not self.read_only:
+            self._sync()
+
+    def _sync(self) -> None:
+        self._check_lost()
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self._note_lost(error)
+            raise
+
+    # The kernel tells a failed write-back once for each open file and then counts the pages as
+    # clean (Documentation/filesystems/vfs.rst, "Handling errors during writeback"). All
+    # connections share the open file, so the one that was told must not be the only one: from
+    # then on every flush fails, until somebody has looked and starts the server again.
+
+    def _check_lost(self) -> None:
+        if self._lost:
+            raise OSError(self._lost, f"{self.name}: earlier writes were lost")
+
+    def _note_lost(self, error: OSError) -> None:
+        if error.errno in _LOST:
+            self._lost = error.errno or errno.EIO
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    for test, kind in _KINDS:
+        if test(mode):
+            raise StorageError(
+                f"{path} is {kind}", hint="name a regular file or a block device to serve"
+            )
+
+
+def _open_error(path: Path, error: OSError, *, read_only: bool) -> StorageError:
+    reason = (error.strerror or str(error)).lower()
+    hint = None
+    match error.errno:
+        case errno.ENOENT | errno.ENOTDIR:
+            hint = f"check the path, or create it: truncate -s 1G {path}"
+        case errno.EACCES | errno.EPERM | errno.EROFS | errno.ETXTBSY if (
+            not read_only and os.access(path, os.R_OK)
+        ):
+            return StorageError(
+                f"{path} cannot be written: {reason}", hint="serve it with -r (--read-only)"
+            )
+        case errno.EACCES | errno.EPERM:
+            hint = "give the server's user the right to read it, or run it as root"
+        case errno.ENXIO | errno.ENOMEDIUM:
+            hint = "is the device there, and a medium in it?"
+    return StorageError(f"{path} cannot be opened: {reason}", hint=hint)
+
+
+def _window(path: Path, whole: int, offset: int, size: int | None, sector: int) -> int:
+    """Give the bytes to serve.
+
+    Raises:
+        StorageError: what is asked for does not lie inside, or is nothing.
+    """
+    if not whole:
+        raise StorageError(f"{path} is empty", hint=f"give it a size: truncate -s 1G {path}")
+    if offset < 0 or (size is not None and size <= 0):
+        raise StorageError(f"{path}: offset and size cannot be negative, or the size 0")
+    if offset >= whole:
+        raise StorageError(
+            f"{path}: the offset {offset} lies behind its end",
+            hint=f"it has {whole} bytes",
+        )
+    rest = whole - offset
+    if size is not None and size > rest:
+        raise StorageError(
+            f"{path}: {size} bytes from {offset} reach {size - rest} bytes past its end",
+            hint=f"it has {whole} bytes; at most {rest} can be served from there",
+        )
+    size = rest if size is None else size
+    for what, number in (("offset", offset), ("size", size)):
+        if number % sector:
+            raise StorageError(
+                f"{path}: the {what} {number} is not a multiple of the device's sector",
+                hint=f"use a multiple of {sector} bytes",
+            )
+    if size > MAX_EXPORT_SIZE:
+        raise StorageError(f"{path}: {size} bytes are more than the protocol can serve")
+    return size
