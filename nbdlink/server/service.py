@@ -39,7 +39,8 @@ _log = logging.getLogger("nbdlink.server")
 DEFAULT_GRACE: Final = 5.0
 """Seconds that requests in flight have to finish once the service is told to stop."""
 
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_CHANGED_ITS_MIND: Final = frozenset({errno.EAGAIN, errno.ECONNABORTED, errno.EPROTO})
+"""How accepting fails if the client is gone before it could be accepted."""
 _PAUSE: Final = 1.0
 """Seconds without accepting after the system ran out of descriptors or memory."""
 _CUT_GRACE: Final = 2.0
@@ -92,9 +93,12 @@ class Service:
         self._grace = grace
         self._stopping = False
         self._aborting = False
+        self._done = False
         self._paused_until = 0.0
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._finished = os.eventfd(0, os.EFD_CLOEXEC)
+        # Rung to make the accepting thread look up, and the one that runs in `run`; no
+        # descriptor (-1) before and after.
+        self._wake = self._finished = -1
+        self._wake_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="nbd-accept", daemon=True)
         self.status = 0
         for sock in self._listeners:
@@ -104,6 +108,7 @@ class Service:
 
     def start(self) -> None:
         """Begin to accept clients, in a thread of its own."""
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread.start()
 
     def stop(self) -> None:
@@ -149,24 +154,28 @@ class Service:
             os.eventfd_write(self._finished, 1)
 
         numbers = (signal.SIGTERM, signal.SIGINT)
+        self._finished = os.eventfd(0, os.EFD_CLOEXEC)
         before = [(number, signal.signal(number, caught)) for number in numbers]
         try:
             self.start()
-            while True:
+            # One read may be rung for by several at once: look at everything each time.
+            while not self._done:
                 os.eventfd_read(self._finished)
                 if len(signals) > 1:
                     _log.warning("told to stop twice: breaking off")
                     self.abort()
                     self.join(_CUT_GRACE)
                     return 1
-                if not signals or not self._thread.is_alive():
-                    self.join()
-                    return self.status
-                _log.info("told to stop by %s", signal.Signals(signals[0]).name)
-                self.stop()
+                if signals and not self._stopping:
+                    _log.info("told to stop by %s", signal.Signals(signals[0]).name)
+                    self.stop()
+            self.join()
+            return self.status
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
+            if not self._thread.is_alive():
+                os.close(self._finished)
 
     def uri(self, export: str = "") -> str:
         """Give the URI of an export at the first address, for a client on this machine."""
@@ -178,9 +187,10 @@ class Service:
         return str(Target(host=host, port=port, export=export))
 
     def _wake_up(self) -> None:
-        # Nobody listens any more once the accepting thread has closed it.
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        # Under a lock, so that it never rings a descriptor that belongs to somebody else by now.
+        with self._wake_lock:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     # Accepting.
 
@@ -193,7 +203,9 @@ class Service:
             self.status = 1
         finally:
             self._wind_down()
-            os.eventfd_write(self._finished, 1)
+            self._done = True
+            if self._finished >= 0:
+                os.eventfd_write(self._finished, 1)
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         selector.register(self._wake, selectors.EVENT_READ)
@@ -222,10 +234,12 @@ class Service:
         try:
             sock, _ = listener.accept()
         except OSError as error:
-            if error.errno in _EXHAUSTED:
-                _log.warning("no more clients for now: %s", error.strerror)
+            if error.errno not in _CHANGED_ITS_MIND:
+                # Out of descriptors or memory, most likely. The client stays in the queue, so
+                # trying again at once would keep a core busy.
+                _log.warning("no new clients for now: %s", error.strerror)
                 self._paused_until = time.monotonic() + _PAUSE
-            return  # otherwise the client has changed its mind
+            return
         session = self.sessions.add(sock)
         thread = threading.Thread(
             target=self._serve, args=(session,), name=f"nbd-session-{session.number}", daemon=True
@@ -300,7 +314,9 @@ class Service:
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
         self._close_storages(in_use=len(self.sessions) > 0)
-        os.close(self._wake)
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
 
     def _close_storages(self, *, in_use: bool) -> None:
         for storage in self.catalogue.storages:

@@ -104,6 +104,7 @@ class Storage(abc.ABC):
         Raises:
             OSError: it was tried and failed. A storage that cannot trim does nothing.
         """
+        return
 
     def cache(self, offset: int, length: int) -> None:
         """Take the hint that a range will be read soon. Does not wait for it.
@@ -111,6 +112,7 @@ class Storage(abc.ABC):
         Raises:
             OSError: it was tried and failed.
         """
+        return
 
     @abc.abstractmethod
     def flush(self) -> None:

@@ -1,0 +1,146 @@
+"""`nbdlink serve`: the reference server, from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nbdlink.errors import ConfigError
+from nbdlink.sizes import format_size, parse_size
+from nbdlink.uri import DEFAULT_PORT
+
+if TYPE_CHECKING:
+    from nbdlink.server import Catalogue
+
+
+def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Fill the parser of `serve`."""
+    add = parser.add_argument
+    add("storage", metavar="[NAME=]STORAGE", nargs="+", help="a raw file or a block device")
+    add("-p", "--port", metavar="PORT", type=int, help=f"TCP port ({DEFAULT_PORT}; 0: any)")
+    add(
+        "-b",
+        "--bind",
+        metavar="ADDRESS",
+        action="append",
+        default=[],
+        help="listen on this address; may be repeated (all addresses)",
+    )
+    add("-k", "--socket", metavar="PATH", help="listen on a Unix socket")
+    add("-x", "--export-name", metavar="NAME", help="the export's name, for a single storage")
+    add("-D", "--description", metavar="TEXT", default="", help="words for people")
+    add("-r", "--read-only", action="store_true", help="refuse writes")
+    add("-o", "--offset", metavar="SIZE", default="0", help="begin this far into the storage")
+    add("--size", metavar="SIZE", help="export this much (up to the storage's end)")
+    add("-e", "--shared", metavar="N", type=int, default=0, help="clients at once (0: any number)")
+    lifetime = parser.add_mutually_exclusive_group()
+    lifetime.add_argument(
+        "-t", "--persistent", action="store_true", help="stay when the last client leaves (default)"
+    )
+    lifetime.add_argument("--once", action="store_true", help="end when the last client leaves")
+    add(
+        "--negotiation-timeout",
+        metavar="S",
+        type=float,
+        default=10.0,
+        help="seconds a client has to choose an export (10)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal comes, or until the last client has gone with `--once`."""
+    from nbdlink.cli.main import set_up_logging
+    from nbdlink.server import Service
+
+    if arguments.shared < 0:
+        raise ConfigError("the number of clients cannot be negative", hint="0 is any number")
+    if arguments.negotiation_timeout <= 0:
+        raise ConfigError("the negotiation timeout must be longer than nothing")
+    set_up_logging(arguments.verbose)
+    catalogue = _catalogue(arguments)
+    with contextlib.ExitStack() as undo:
+        for storage in catalogue.storages:
+            undo.callback(storage.close)
+        listeners = _listeners(arguments)
+        undo.pop_all()
+    service = Service(
+        catalogue,
+        listeners,
+        once=arguments.once,
+        shared=arguments.shared,
+        negotiation_timeout=arguments.negotiation_timeout,
+    )
+    for export in catalogue:
+        access = ", read-only" if export.is_read_only else ""
+        size = format_size(export.size)
+        # Flushed, because scripts wait for this line: it says that clients can come.
+        print(f"{service.uri(export.name)} is {export.storage.name} ({size}{access})", flush=True)
+    return service.run()
+
+
+def _catalogue(arguments: argparse.Namespace) -> Catalogue:
+    """Open every storage, or none."""
+    from nbdlink.server import Catalogue, Export
+    from nbdlink.storage.raw import RawStorage
+
+    offset = parse_size(arguments.offset)
+    size = parse_size(arguments.size) if arguments.size else None
+    several = len(arguments.storage) > 1
+    if several and (arguments.export_name is not None or arguments.description):
+        raise ConfigError(
+            "--export-name and --description are for a single storage",
+            hint="name several as NAME=STORAGE",
+        )
+    with contextlib.ExitStack() as undo:
+        exports = []
+        for word in arguments.storage:
+            name, path = _split(word, several)
+            if arguments.export_name is not None:
+                name = arguments.export_name
+            storage = RawStorage.open(path, offset=offset, size=size, read_only=arguments.read_only)
+            undo.callback(storage.close)
+            exports.append(
+                Export(
+                    name,
+                    storage,
+                    description=arguments.description,
+                    read_only=arguments.read_only,
+                    # A second connection of the one client that is let in would wait for ever.
+                    multi_conn=arguments.shared != 1,
+                )
+            )
+        catalogue = Catalogue(exports)
+        undo.pop_all()
+        return catalogue
+
+
+def _split(word: str, several: bool) -> tuple[str, str]:
+    """Tell NAME=STORAGE from a path; without a name, several are named after their files."""
+    name, equals, path = word.partition("=")
+    if equals and "/" not in name:
+        if not path:
+            raise ConfigError(f"{word!r} names no storage", hint="say NAME=PATH")
+        return name, path
+    return Path(word).name if several else "", word
+
+
+def _listeners(arguments: argparse.Namespace) -> list[socket.socket]:
+    from nbdlink.transport.stream import listen_tcp, listen_unix
+
+    port = DEFAULT_PORT if arguments.port is None else arguments.port
+    if not 0 <= port < 65536:
+        raise ConfigError(f"{port} is not a port", hint="use 1 to 65535, or 0 for any")
+    with contextlib.ExitStack() as undo:
+        sockets = []
+        if arguments.socket is not None:
+            sockets.append(undo.enter_context(listen_unix(arguments.socket)))
+        if arguments.socket is None or arguments.port is not None or arguments.bind:
+            for address in arguments.bind or [None]:
+                for sock in listen_tcp(address, port):
+                    sockets.append(undo.enter_context(sock))
+        undo.pop_all()
+        return sockets
