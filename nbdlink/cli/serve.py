@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import socket
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,12 +75,16 @@ def run(arguments: argparse.Namespace) -> int:
         shared=arguments.shared,
         negotiation_timeout=arguments.negotiation_timeout,
     )
-    for export in catalogue:
-        access = ", read-only" if export.is_read_only else ""
-        size = format_size(export.size)
-        # Flushed, because scripts wait for this line: it says that clients can come.
-        print(f"{service.uri(export.name)} is {export.storage.name} ({size}{access})", flush=True)
-    return service.run()
+
+    def ready() -> None:
+        for export in catalogue:
+            access = ", read-only" if export.is_read_only else ""
+            size = format_size(export.size)
+            print(f"{service.uri(export.name)} is {export.storage.name} ({size}{access})")
+        # Scripts wait for these lines: they say that clients can come.
+        sys.stdout.flush()
+
+    return service.run(ready)
 
 
 def _catalogue(arguments: argparse.Namespace) -> Catalogue:

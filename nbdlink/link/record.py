@@ -36,6 +36,8 @@ class Record:
         road: "netlink" or "ioctl".
         identifier: the backend identifier that the kernel shows; empty on the ioctl road.
         pid: the process that the kernel shows for the device.
+        sockets: inode numbers of the connections, by which the kernel's socket tables tell
+            whether they live.
         attached_at: seconds since the epoch.
     """
 
@@ -50,6 +52,7 @@ class Record:
     road: str
     identifier: str
     pid: int | None
+    sockets: tuple[int, ...] = ()
     attached_at: float = field(default_factory=time.time)
 
     def describes(self, backend: str | None, pid: int | None) -> bool:
@@ -79,14 +82,15 @@ def read(index: int) -> Record | None:
     """Give what was recorded of a device, or None if nothing (readable) was."""
     try:
         data: dict[str, Any] = json.loads(_path(index).read_text())
-        return Record(**data)
-    except (OSError, ValueError, TypeError):
+        return Record(**{**data, "sockets": tuple(data["sockets"])})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
 def read_all() -> list[Record]:
     """Give every readable record, by index."""
-    found = (read(int(path.stem[3:])) for path in DIRECTORY.glob("nbd[0-9]*.json"))
+    stems = (path.stem[3:] for path in DIRECTORY.glob("nbd[0-9]*.json"))
+    found = (read(int(stem)) for stem in stems if stem.isdigit())
     return sorted((record for record in found if record), key=lambda record: record.index)
 
 
@@ -106,7 +110,7 @@ def check_name(name: str) -> str:
         raise ConfigError(
             f"{name!r} cannot name a link", hint="use up to 64 letters, digits, and - _ . : @"
         )
-    if name.startswith(("nbd", ".", "-")) and name.removeprefix("nbd").isdigit():
+    if name.startswith("nbd") and name[3:].isdigit():
         raise ConfigError(f"{name!r} is the name of a device", hint="choose another name")
     return name
 

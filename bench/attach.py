@@ -1,0 +1,123 @@
+"""Time from typing the command to a usable device: `nbdlink attach` beside `nbd-client`.
+
+Needs root and a kernel with nbd: `make bench-attach` runs it in the virtual machine. Both bind
+the same export of the same server over TCP, in turn, so that a machine that gets slower is
+slower for both. What counts is the whole command, from its start to its end, after which the
+node can be read; reading a block from it is part of the time. Prints medians and the ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+DEVICE = "/dev/nbd0"
+ROUNDS = 7
+
+
+def command(name: str) -> str:
+    # The guest has nbdlink where this interpreter lives; others are on the PATH.
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or sys.exit(f"no {name}")
+
+
+def timed(words: list[str]) -> tuple[float, float]:
+    """Run a command and read a block of the device; give (seconds, CPU seconds)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with Path(DEVICE).open("rb", buffering=0) as device:
+        assert len(device.read(4096)) == 4096
+    seconds = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def quietly(words: list[str]) -> None:
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    pid = Path(f"/sys/block/{Path(DEVICE).name}/pid")
+    end = time.monotonic() + 60
+    while pid.exists():
+        if time.monotonic() > end:
+            sys.exit(f"{DEVICE} does not go away")
+        time.sleep(0.01)
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def main() -> None:
+    port = 10809
+    nbdlink, nbd_client = command("nbdlink"), command("nbd-client")
+    interpreter = [sys.executable, "-c", "pass"]
+    contestants = {
+        "nbdlink attach": (
+            [nbdlink, "attach", f"127.0.0.1:{port}", DEVICE],
+            [nbdlink, "detach", DEVICE],
+        ),
+        "nbdlink attach --no-wait": (
+            [nbdlink, "attach", "--no-wait", f"127.0.0.1:{port}", DEVICE],
+            [nbdlink, "detach", DEVICE],
+        ),
+        "nbd-client": (
+            [nbd_client, "127.0.0.1", str(port), DEVICE],
+            [nbd_client, "-d", DEVICE],
+        ),
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    bare: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "disk.img"
+        image.touch()
+        with image.open("r+b") as file:
+            file.truncate(64 << 20)
+        server = subprocess.Popen(["nbdkit", "-f", "-p", str(port), "file", str(image)])
+        try:
+            end = time.monotonic() + 60
+            while not listening(port):
+                if time.monotonic() > end:
+                    sys.exit("nbdkit does not listen")
+                time.sleep(0.02)
+            for number in range(ROUNDS + 1):
+                for name, (attach, detach) in contestants.items():
+                    result = timed(attach)
+                    if number:  # the first round warms the caches
+                        times[name].append(result)
+                    quietly(detach)
+                start = time.perf_counter()
+                subprocess.run(interpreter, check=True)
+                bare.append(time.perf_counter() - start)
+        finally:
+            server.terminate()
+            server.wait()
+    report = {
+        name: {
+            "seconds": statistics.median(seconds for seconds, _ in results),
+            "cpu_seconds": statistics.median(cpu for _, cpu in results),
+        }
+        for name, results in times.items()
+    }
+    base = report["nbd-client"]["seconds"]
+    print(f"{'command':28} {'median':>9} {'CPU':>9} {'ratio':>7}   ({ROUNDS} rounds)")
+    for name, result in report.items():
+        result["ratio"] = result["seconds"] / base
+        print(
+            f"{name:28} {result['seconds']:8.3f}s {result['cpu_seconds']:8.3f}s"
+            f" {result['ratio']:7.2f}"
+        )
+    print(f"{'(a bare Python interpreter)':28} {statistics.median(bare[1:]):8.3f}s")
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(json.dumps(report, indent=2) + "\n")
+
+
+main()

@@ -1,0 +1,157 @@
+"""The command line as a whole: exit codes, errors in one line, manual pages, lazy imports."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdlink.cli.main import VERBS, build_parser, main
+from nbdlink.version import __version__
+
+MAN = Path(__file__).parents[2] / "man"
+
+
+def nbdlink(*words, **options):
+    command = [sys.executable, "-m", "nbdlink", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
+
+
+def parser_of(verb):
+    subparsers = next(a for a in build_parser()._actions if a.dest == "verb")
+    return subparsers.choices[verb]
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"nbdlink {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["list", "--nonsense"], ["attach"]])
+def test_a_wrong_command_line_ends_with_2(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: nbdlink" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["info", "nbd://host/?sokcet=x"], 2, "unknown parameter 'sokcet'"),
+        (["exports", "127.0.0.1:1"], 1, "connection refused"),
+        (["info", "nbds://127.0.0.1:1"], 2, "cannot speak TLS yet"),
+        (["attach", "h", "-C", "0"], 2, "0 connections"),
+        (["attach", "h", "-C", "65"], 2, "65 connections"),
+        (["attach", "h", "--timeout", "0"], 2, "timeout of 0"),
+        (["attach", "h", "--dead-timeout", "-1"], 2, "dead timeout of -1"),
+        (["attach", "h", "--block-size", "x"], 2, "'x' is not a size"),
+        (["attach", "h/a", "-x", "b"], 2, "named twice"),
+        (["attach", "h", "--name", "a/b"], 2, "cannot name a link"),
+        (["attach", "h", "--name", "nbd0"], 2, "name of a device"),
+        (["detach"], 2, "name what to detach"),
+        (["detach", "--all", "x"], 2, "name what to detach"),
+        (["detach", "nosuchlink"], 1, "no link named 'nosuchlink'"),
+        (["serve", "/nonexistent"], 1, "/nonexistent cannot be opened"),
+        (["serve", "/dev/null"], 1, "character device"),
+        (["serve", "/"], 1, "is a directory"),
+        (["serve", "x=", "y"], 2, "names no storage"),
+        (["serve", "a", "b", "-x", "c"], 2, "for a single storage"),
+        (["serve", "a", "-p", "65536"], 1, "cannot be opened"),
+        (["serve", "a", "-e", "-1"], 2, "cannot be negative"),
+        (["serve", "a", "--negotiation-timeout", "0"], 2, "longer than nothing"),
+        (["serve", "a", "-o", "-5"], 2, "is not a size"),
+    ],
+)
+def test_a_mistake_gets_one_clear_line_and_its_status(words, status, says, capsys):
+    assert main(words) == status
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert says in lines[0]
+    assert lines[0].startswith("nbdlink: ")
+    assert len(lines) <= 2
+    assert out == ""
+
+
+def test_a_mistake_cannot_steer_the_terminal(capsys):
+    assert main(["info", "ho\x1b[2Jst"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_output_into_a_closed_pipe_is_no_error(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nbdlink", "list", "--json"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=100)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_an_interrupted_command_ends_with_130(tmp_path):
+    # A listener that never answers: the command waits in its handshake until it is interrupted.
+    with socket.socket(socket.AF_UNIX) as listener:
+        path = str(tmp_path / "socket")
+        listener.bind(path)
+        listener.listen()
+        command = [sys.executable, "-m", "nbdlink", "info", f"nbd+unix:///?socket={path}"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        connection, _ = listener.accept()
+        with connection:
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (130, "nbdlink: interrupted\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_terminal_of_80_columns(verb):
+    done = nbdlink(verb, "--help", env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_a_manual_page_with_all_its_options(verb):
+    page = (MAN / f"nbdlink-{verb}.8").read_text()
+    described = set(re.findall(r"\bFl (-?[a-zA-Z][a-zA-Z-]*)", page))
+    options = {
+        option[1:]
+        for action in parser_of(verb)._actions
+        for option in action.option_strings
+        if option not in ("-h", "--help")
+    }
+    assert options <= described
+    assert described <= options
+
+
+def test_the_manual_names_every_verb():
+    page = (MAN / "nbdlink.8").read_text()
+    for verb in VERBS:
+        assert f".It Cm {verb}\n" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "unneeded"),
+    [
+        (["attach", "127.0.0.1:1"], ["rich", "pyroute2", "asyncio", "nbdlink.server"]),
+        (["exports", "127.0.0.1:1"], ["rich", "pyroute2", "pyudev", "asyncio", "nbdlink.server"]),
+        (["serve", "/nonexistent"], ["rich", "pyroute2", "pyudev", "asyncio", "nbdlink.client"]),
+        (["detach", "nosuchlink"], ["rich", "pyroute2", "pyudev", "asyncio", "nbdlink.server"]),
+    ],
+)
+def test_nothing_is_imported_that_a_verb_does_not_need(words, unneeded):
+    code = (
+        "import sys; from nbdlink.cli.main import main; main(sys.argv[1:]);"
+        f"print([name for name in {unneeded!r} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
