@@ -77,6 +77,11 @@ def run_attach(arguments: argparse.Namespace) -> int:
             wait=None if arguments.no_wait else 30.0,
         )
     )
+    if device.reason:
+        print(f"nbdlink: {device.path} is on the ioctl road: {device.reason}", file=sys.stderr)
+    if device.missing:
+        late = ", ".join(f"/dev/{name}" for name in device.missing)
+        print(f"nbdlink: udev has not finished with {late} yet", file=sys.stderr)
     if arguments.json:
         from nbdlink.cli.output import print_json
         from nbdlink.cli.show import device_as_json

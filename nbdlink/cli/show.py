@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nbdlink import kernel
     from nbdlink.client.negotiate import NegotiatedExport, Negotiation
     from nbdlink.link.record import Record
+    from nbdlink.protocol.messages import ExportListing
     from nbdlink.uri import Target
 
 
@@ -70,9 +71,16 @@ def _device_row(sheet: dict[str, Any]) -> list[object]:
         format_size(sheet["size"]),
         sheet["state"],
         sheet["target"] or sheet["backend"],
-        sheet["connections"],
+        _live_of_total(sheet["connections"]),
         ", ".join(mounts) or None,
     ]
+
+
+def _live_of_total(connections: dict[str, int | None]) -> str | None:
+    live, total = connections["live"], connections["total"]
+    if live is None and total is None:
+        return None
+    return f"{'?' if live is None else live}/{'?' if total is None else total}"
 
 
 def device_as_json(index: int) -> dict[str, Any]:
@@ -96,10 +104,10 @@ def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str,
         "read_only": state.read_only,
         "block_size": state.block_size,
         "target": known.target if known else None,
-        "connections": known.connections if known else None,
+        "connections": {"live": state.live_links, "total": known.connections if known else None},
         "timeout": known.timeout if known else None,
         "dead_timeout": known.dead_timeout if known else None,
-        "road": known.road if known else None,
+        "road": state.road,
         "tls": "none" if known else None,
         "backend": state.backend,
         "pid": state.pid,
@@ -124,7 +132,7 @@ def run_exports(arguments: argparse.Namespace) -> int:
     with Negotiation(target, timeout=arguments.timeout) as negotiation:
         listings = negotiation.list_exports()
         structured = negotiation.request_structured_replies()
-        found = []
+        found: list[tuple[ExportListing, NegotiatedExport | None]] = []
         for listing in listings[:_MAX_ASKED]:
             try:
                 found.append((listing, _believable(negotiation, listing.name)))
@@ -177,6 +185,7 @@ def run_info(arguments: argparse.Namespace) -> int:
         else:
             sheet["size"] = f"{sheet['size']} ({format_size(sheet['size'])})"
             sheet["partitions"] = [part["device"] for part in sheet["partitions"]]
+            sheet["connections"] = _live_of_total(sheet["connections"])
             output.print_sheet(sheet.pop("device"), sheet)
         return 0
     from nbdlink.uri import Target

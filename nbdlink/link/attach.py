@@ -92,7 +92,7 @@ def attach(
 def attach_spec(spec: LinkSpec) -> kernel.Device:
     """Bind an export as `spec` says; see `attach`."""
     _check(spec)
-    index = kernel.index_of(spec.device) if spec.device else None
+    index = kernel.index_of(spec.device, must_exist=False) if spec.device else None
     if spec.name and (existing := _same_link(spec, index)):
         return existing
     with contextlib.ExitStack() as stack:

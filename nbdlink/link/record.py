@@ -36,8 +36,6 @@ class Record:
         road: "netlink" or "ioctl".
         identifier: the backend identifier that the kernel shows; empty on the ioctl road.
         pid: the process that the kernel shows for the device.
-        sockets: inode numbers of the connections, by which the kernel's socket tables tell
-            whether they live.
         attached_at: seconds since the epoch.
     """
 
@@ -52,7 +50,6 @@ class Record:
     road: str
     identifier: str
     pid: int | None
-    sockets: tuple[int, ...] = ()
     attached_at: float = field(default_factory=time.time)
 
     def describes(self, backend: str | None, pid: int | None) -> bool:
@@ -82,8 +79,8 @@ def read(index: int) -> Record | None:
     """Give what was recorded of a device, or None if nothing (readable) was."""
     try:
         data: dict[str, Any] = json.loads(_path(index).read_text())
-        return Record(**{**data, "sockets": tuple(data["sockets"])})
-    except (OSError, ValueError, TypeError, KeyError):
+        return Record(**data)
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -18,7 +18,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
@@ -43,7 +43,7 @@ _CHANGED_ITS_MIND: Final = frozenset({errno.EAGAIN, errno.ECONNABORTED, errno.EP
 """How accepting fails if the client is gone before it could be accepted."""
 _PAUSE: Final = 1.0
 """Seconds without accepting after the system ran out of descriptors or memory."""
-_CUT_GRACE: Final = 2.0
+_CUT_GRACE: Final = 1.0
 """Seconds that a thread has to notice that its connection has been broken off."""
 
 
@@ -140,11 +140,15 @@ class Service:
         self.stop()
         self.join()
 
-    def run(self) -> int:
+    def run(self, ready: Callable[[], None] = lambda: None) -> int:
         """Serve in the main thread until SIGTERM or SIGINT; give the exit status.
 
         A second signal breaks off what the first lets finish. The status is 0 after a
         graceful end, and 1 if it was broken off or something could not be made durable.
+
+        Args:
+            ready: called once clients and signals are heard. Who tells a script "I am there"
+                any earlier may be killed by its signal instead of being stopped.
         """
         signals: list[int] = []
 
@@ -158,9 +162,12 @@ class Service:
         before = [(number, signal.signal(number, caught)) for number in numbers]
         try:
             self.start()
+            ready()
             # One read may be rung for by several at once: look at everything each time.
             while not self._done:
-                os.eventfd_read(self._finished)
+                # Not os.eventfd_read, which gives up when a signal comes (EINTR) where os.read
+                # goes on.
+                os.read(self._finished, 8)
                 if len(signals) > 1:
                     _log.warning("told to stop twice: breaking off")
                     self.abort()
@@ -323,12 +330,12 @@ class Service:
             try:
                 if not self._aborting:
                     storage.flush()
-                # A thread that hangs in a dead disk must not find its descriptor reused.
-                if not in_use:
-                    storage.close()
             except OSError as error:
                 _log.error("%s: not made durable: %s", storage.name, error.strerror or error)
                 self.status = 1
+            # A thread that hangs in a dead disk must not find its descriptor reused.
+            if not in_use:
+                storage.close()
         if in_use or self._aborting:
             self.status = 1
 

@@ -22,7 +22,6 @@ SAMPLE = Record(
     road="netlink",
     identifier="nbdlink:data",
     pid=77,
-    sockets=(11, 12),
 )
 
 

@@ -1,0 +1,184 @@
+"""What a machine needs in order to attach devices, looked at one thing at a time.
+
+Looking only: no module is loaded and no device touched. Each finding says how to mend what is
+missing, because whoever asks has a device that does not come up.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nbdlink import kernel
+from nbdlink.kernel import module, sysfs, udev
+from nbdlink.link import record
+
+Status = Literal["ok", "warning", "failed"]
+
+_CAP_SYS_ADMIN = 21
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        check: what.
+        status: "failed" if devices cannot be attached because of it.
+        found: what is there.
+        remedy: what to do about it, or None.
+    """
+
+    check: str
+    status: Status
+    found: str
+    remedy: str | None = None
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, the most fundamental first."""
+    loaded = module.loaded()
+    yield _kernel_module(loaded)
+    yield _rights()
+    if loaded:
+        yield _netlink()
+        yield _nodes()
+        yield _partitions()
+        yield _free_device()
+        yield from _devices()
+    yield _udev()
+    yield _records()
+
+
+def _kernel_module(loaded: bool) -> Finding:
+    release = os.uname().release
+    if loaded:
+        return Finding("kernel module", "ok", f"nbd is in Linux {release}")
+    modprobe = shutil.which("modprobe", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if modprobe is None:
+        return Finding(
+            "kernel module",
+            "failed",
+            "nbd is not loaded, and there is no modprobe to load it",
+            "install kmod",
+        )
+    # -n: only look whether it could be loaded.
+    done = subprocess.run([modprobe, "-n", "nbd"], capture_output=True, check=False)
+    if done.returncode == 0:
+        return Finding(
+            "kernel module",
+            "warning",
+            f"nbd is not loaded in Linux {release}, but it can be",
+            "none is needed: attaching loads it; or as root: modprobe nbd",
+        )
+    return Finding(
+        "kernel module",
+        "failed",
+        f"Linux {release} has no nbd module",
+        "install the kernel's modules (Debian: the linux-image package that is running), "
+        "or use a kernel that has nbd",
+    )
+
+
+def _rights() -> Finding:
+    capabilities = 0
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            capabilities = int(line.split()[1], 16)
+    if capabilities >> _CAP_SYS_ADMIN & 1:
+        return Finding("rights", "ok", "CAP_SYS_ADMIN, which attaching takes")
+    return Finding(
+        "rights",
+        "failed",
+        "no CAP_SYS_ADMIN, which attaching and detaching take",
+        "run it as root",
+    )
+
+
+def _netlink() -> Finding:
+    from nbdlink.kernel import netlink
+
+    if netlink.available():
+        return Finding("netlink", "ok", "the nbd family answers")
+    return Finding(
+        "netlink",
+        "warning",
+        "the kernel has no nbd netlink family, or not in this namespace",
+        "none: attaching falls back to ioctls, whose devices end with their connections",
+    )
+
+
+def _nodes() -> Finding:
+    missing = [n for n in sysfs.indices() if not Path(f"/dev/nbd{n}").is_block_device()]
+    if not missing:
+        return Finding("device nodes", "ok", "every device has one in /dev")
+    return Finding(
+        "device nodes",
+        "failed",
+        f"/dev/nbd{missing[0]} does not exist",
+        "mount a devtmpfs on /dev, or run udevd; a container must be given the nodes",
+    )
+
+
+def _partitions() -> Finding:
+    try:
+        most = int(Path("/sys/module/nbd/parameters/max_part").read_text())
+    except (OSError, ValueError):
+        return Finding("partitions", "ok", "the kernel's default applies")
+    if most > 0:
+        return Finding("partitions", "ok", f"up to {most} a device")
+    return Finding(
+        "partitions",
+        "warning",
+        "the module was loaded with max_part=0: there will be none",
+        "modprobe -r nbd; modprobe nbd max_part=16",
+    )
+
+
+def _free_device() -> Finding:
+    indices = sysfs.indices()
+    free = [n for n in indices if sysfs.pid(n) is None]
+    if free:
+        return Finding("free devices", "ok", f"{len(free)} of {len(indices)}")
+    return Finding(
+        "free devices",
+        "warning",
+        f"all {len(indices)} are attached",
+        "none is needed: over netlink the kernel makes another",
+    )
+
+
+def _devices() -> Iterator[Finding]:
+    for state in kernel.devices():
+        if state.state is kernel.DeviceState.DEAD:
+            yield Finding(
+                f"device {state.path}",
+                "warning",
+                "it has no live connection left",
+                f"nbdlink detach {state.path}, and attach it again",
+            )
+
+
+def _udev() -> Finding:
+    if udev.runs():
+        return Finding("udev", "ok", "udevd runs")
+    return Finding(
+        "udev",
+        "warning",
+        "no udevd is to be heard",
+        "none is needed for the devices; links in /dev/disk and rules need systemd-udevd",
+    )
+
+
+def _records() -> Finding:
+    where = record.DIRECTORY
+    nearest = next(path for path in (where, *where.parents) if path.exists())
+    if os.access(nearest, os.W_OK | os.X_OK):
+        return Finding("records", "ok", f"{where} can be written")
+    status: Status = "warning"
+    return Finding("records", status, f"{where} cannot be written", "run it as root")
