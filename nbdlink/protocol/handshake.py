@@ -223,16 +223,16 @@ class Handshake:
             raise _BrokenRuleError(
                 f"sent {_describe(message)} in the state {self.state.name.lower()}"
             )
-        match message:
-            case ClientFlags(flags):
-                if extra := int(flags) & ~int(self._offered):
-                    raise _BrokenRuleError(f"set client flags that were not offered: {extra:#x}")
-            case OptionRequest(option) if not self.fixed and option != Option.EXPORT_NAME:
-                raise _BrokenRuleError(f"sent {option_name(option)} without fixed newstyle")
-            case OptionRequest() if self._options >= MAX_OPTIONS:
+        if isinstance(message, ClientFlags):
+            if extra := int(message.flags) & ~int(self._offered):
+                raise _BrokenRuleError(f"set client flags that were not offered: {extra:#x}")
+        elif isinstance(message, OptionRequest):
+            if not self.fixed and message.option != Option.EXPORT_NAME:
+                raise _BrokenRuleError(f"sent {option_name(message.option)} without fixed newstyle")
+            if self._options >= MAX_OPTIONS:
                 raise _BrokenRuleError(f"sent more than {MAX_OPTIONS} options")
-            case Reply():
-                self._check_reply(message)
+        elif isinstance(message, Reply):
+            self._check_reply(message)
 
     def _check_reply(self, message: Reply) -> None:
         if message.option != self.option:
@@ -256,30 +256,30 @@ class Handshake:
 
     def _advance(self, message: Message) -> None:
         """Go to the state that follows `message`, whoever said it."""
-        match message:
-            case Greeting(flags):
-                self._offered = flags
-                self.state = State.CLIENT_FLAGS
-            case ClientFlags(flags):
-                self.fixed = bool(flags & ClientFlag.FIXED_NEWSTYLE)
-                self.zeroes = not flags & ClientFlag.NO_ZEROES
-                self.state = State.HAGGLING
-            case OptionRequest(option):
-                self.option = option
-                self._options += 1
-                self._replies = 0
-                self._info_export_seen = False
-                self.state = State.NAMING if option == Option.EXPORT_NAME else State.REPLYING
-            case ExportNameAnswer():
+        if isinstance(message, Greeting):
+            self._offered = message.flags
+            self.state = State.CLIENT_FLAGS
+        elif isinstance(message, ClientFlags):
+            self.fixed = bool(message.flags & ClientFlag.FIXED_NEWSTYLE)
+            self.zeroes = not message.flags & ClientFlag.NO_ZEROES
+            self.state = State.HAGGLING
+        elif isinstance(message, OptionRequest):
+            self.option = message.option
+            self._options += 1
+            self._replies = 0
+            self._info_export_seen = False
+            naming = message.option == Option.EXPORT_NAME
+            self.state = State.NAMING if naming else State.REPLYING
+        elif isinstance(message, Reply):
+            self._replies += 1
+            if message.reply == OptionReply.INFO and message.data[:2] == _EXPORT_INFO:
+                self._info_export_seen = True
+            if message.is_final:
                 self.option = None
-                self.state = State.TRANSMISSION
-            case Reply():
-                self._replies += 1
-                if message.reply == OptionReply.INFO and message.data[:2] == _EXPORT_INFO:
-                    self._info_export_seen = True
-                if message.is_final:
-                    self.option = None
-                    self.state = self._state_after(message)
+                self.state = self._state_after(message)
+        else:
+            self.option = None
+            self.state = State.TRANSMISSION
 
     def _state_after(self, final: Reply) -> State:
         if not final.is_error:

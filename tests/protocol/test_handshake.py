@@ -389,3 +389,10 @@ def test_a_closed_machine_takes_no_offence_at_the_end():
     machine.close()
     machine.receive_data(b"")
     assert machine.state is State.CLOSED
+
+
+def test_an_answer_to_export_name_may_arrive_in_pieces():
+    pair = Pair([1] * 200).open()
+    pair.say(pair.client, OptionRequest(Option.EXPORT_NAME, b"x"))
+    answer = ExportNameAnswer(5, TransmissionFlag(1))
+    assert pair.say(pair.server, answer) == [answer]

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdlink.errors import LocalProtocolError, RemoteProtocolError
-from nbdlink.protocol.constants import Command, CommandFlag, Error, TransmissionFlag
+from nbdlink.protocol.constants import (
+    Command,
+    CommandFlag,
+    Error,
+    TransmissionFlag,
+    command_name,
+    option_name,
+    reply_name,
+)
 from nbdlink.protocol.transmission import (
     ReplyReader,
     RequestHeader,
@@ -186,3 +194,18 @@ def test_the_end_of_the_stream_is_an_error_that_counts_what_is_unanswered():
 def test_the_end_of_an_idle_stream_is_said_plainly():
     with pytest.raises(RemoteProtocolError, match=r"closed the connection$"):
         ReplyReader().received(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        (option_name, 7, "NBD_OPT_GO"),
+        (option_name, 77, "option 77"),
+        (reply_name, 0x8000_0006, "NBD_REP_ERR_UNKNOWN"),
+        (reply_name, 77, "reply type 0x4d"),
+        (command_name, 6, "NBD_CMD_WRITE_ZEROES"),
+        (command_name, 77, "command 77"),
+    ],
+)
+def test_numbers_are_named_as_the_specification_names_them(name, number, words):
+    assert name(number) == words
