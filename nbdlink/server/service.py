@@ -208,11 +208,18 @@ class Service:
         except Exception as error:
             _log.critical("accepting failed: %s: %s", type(error).__name__, error)
             self.status = 1
-        finally:
+        try:
             self._wind_down()
-            self._done = True
-            if self._finished >= 0:
-                os.eventfd_write(self._finished, 1)
+        except Exception as error:
+            _log.critical("stopping failed: %s: %s", type(error).__name__, error)
+            self.status = 1
+        with self._wake_lock:
+            os.close(self._wake)
+            self._wake = -1
+        # Whatever happened, whoever runs the service must hear that it is over.
+        self._done = True
+        if self._finished >= 0:
+            os.eventfd_write(self._finished, 1)
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         selector.register(self._wake, selectors.EVENT_READ)
@@ -321,21 +328,20 @@ class Service:
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
         self._close_storages(in_use=len(self.sessions) > 0)
-        with self._wake_lock:
-            os.close(self._wake)
-            self._wake = -1
 
     def _close_storages(self, *, in_use: bool) -> None:
         for storage in self.catalogue.storages:
             try:
                 if not self._aborting:
                     storage.flush()
-            except OSError as error:
-                _log.error("%s: not made durable: %s", storage.name, error.strerror or error)
+            except Exception as error:  # a storage's bug is not the next storage's loss
+                words = getattr(error, "strerror", None) or error
+                _log.error("%s: not made durable: %s", storage.name, words)
                 self.status = 1
             # A thread that hangs in a dead disk must not find its descriptor reused.
             if not in_use:
-                storage.close()
+                with contextlib.suppress(OSError):  # durable or not has been said already
+                    storage.close()
         if in_use or self._aborting:
             self.status = 1
 
