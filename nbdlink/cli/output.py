@@ -59,9 +59,9 @@ def print_sheet(title: str, values: Mapping[str, object]) -> None:
     """Print one thing's values, a line each, under a title."""
     print(f"{printable(title)}:")
     for key, value in values.items():
-        if isinstance(value, list | tuple):
+        if isinstance(value, list | tuple) and value:
             print(f"\t{key}:")
             for item in value:
                 print(f"\t\t{printable(item)}")
         else:
-            print(f"\t{key}: {printable(value)}")
+            print(f"\t{key}: {printable(None if value == [] else value)}")

@@ -76,6 +76,11 @@ def _device_row(sheet: dict[str, Any]) -> list[object]:
     ]
 
 
+def _partition_line(partition: dict[str, Any]) -> str:
+    mounted = "".join(f", mounted on {point}" for point in partition["mounts"])
+    return f"{partition['device']} ({format_size(partition['size'])}{mounted})"
+
+
 def _live_of_total(connections: dict[str, int | None]) -> str | None:
     live, total = connections["live"], connections["total"]
     if live is None and total is None:
@@ -153,13 +158,16 @@ def run_exports(arguments: argparse.Namespace) -> int:
             ]
             output.print_json(_server_sheet(negotiation, sheets))
             return 0
+    from nbdlink.protocol.constants import TransmissionFlag
+
     columns = ("export", "size", "access", "connections", "description")
+    several = TransmissionFlag.CAN_MULTI_CONN
     rows = [
         (
             listing.name or "(default)",
             format_size(export.size) if export else "?",
             ("read-only" if export.read_only else "read-write") if export else "?",
-            ("several" if export.flags & _MULTI_CONN else "one") if export else "?",
+            ("several" if export.flags & several else "one") if export else "?",
             listing.description or (export.description if export else "") or "-",
         )
         for listing, export in found
@@ -170,8 +178,6 @@ def run_exports(arguments: argparse.Namespace) -> int:
 
 _MAX_ASKED = 250
 """Exports asked about one by one; servers bound the options of a connection (ours at 1024)."""
-
-_MULTI_CONN = 1 << 8
 
 
 def run_info(arguments: argparse.Namespace) -> int:
@@ -184,7 +190,7 @@ def run_info(arguments: argparse.Namespace) -> int:
             output.print_json(sheet)
         else:
             sheet["size"] = f"{sheet['size']} ({format_size(sheet['size'])})"
-            sheet["partitions"] = [part["device"] for part in sheet["partitions"]]
+            sheet["partitions"] = [_partition_line(part) for part in sheet["partitions"]]
             sheet["connections"] = _live_of_total(sheet["connections"])
             output.print_sheet(sheet.pop("device"), sheet)
         return 0
