@@ -18,6 +18,12 @@ from nbdlink.uri import Target
 
 BACKLOG = 128
 
+KEEPALIVE_IDLE = 30
+KEEPALIVE_INTERVAL = 10
+KEEPALIVE_PROBES = 3
+"""Seconds of silence before a peer is asked whether it lives, between the questions, and how
+many stay unanswered before it counts as dead: after a minute in all."""
+
 
 class Deadline:
     """A moment on the monotonic clock, by which something must have happened."""
@@ -138,6 +144,10 @@ def tune(sock: socket.socket) -> None:
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # The kernel's defaults would take more than two hours.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
 def listen_tcp(host: str | None, port: int) -> list[socket.socket]:

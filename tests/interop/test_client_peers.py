@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +108,12 @@ def test_info_agrees_with_nbdinfo(peer, capsys):
     assert (ours, our_export) == (theirs, their_export)
     with nbdlink.connect(uri) as nbd:
         assert nbd.size == SIZE
+
+
+def test_every_json_key_of_an_export_is_in_the_manual(peer, capsys):
+    page = (Path(__file__).parents[2] / "man" / "nbdlink-info.8").read_text()
+    lines = re.findall(r"^\.It Li (.+)$", page, re.M)
+    documented = {key for line in lines for key in line.split(" , ")}
+    assert main(["info", "--json", str(peer)]) == 0
+    server = json.loads(capsys.readouterr().out)
+    assert {*server, *server["exports"][0]} <= documented

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from nbdlink.server import serve_in_thread
 pytestmark = pytest.mark.kernel
 
 SIZE = 16 << 20
+MAN = Path(__file__).parents[2] / "man"
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +180,15 @@ def test_info_shows_one_device(run, server):
     by_path = json.loads(run("info", "--json", "/dev/nbd5")[1])
     assert by_path["name"] == "link"
     assert json.loads(run("info", "--json", "link")[1]) == by_path
+
+
+def test_every_json_key_of_a_device_is_in_the_manual(run, server):
+    run("attach", server.uri("data"), "/dev/nbd5")
+    page = (MAN / "nbdlink-list.8").read_text()
+    documented = {
+        key for line in re.findall(r"^\.It Li (.+)$", page, re.M) for key in line.split(" , ")
+    }
+    assert set(listed(run, "/dev/nbd5")) == documented
 
 
 def test_without_rights_there_is_one_clear_line(server):

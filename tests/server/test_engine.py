@@ -7,10 +7,16 @@ import errno
 import logging
 import os
 import random
+import socket
 import struct
 import threading
 
 import pytest
+
+from nbdlink.server import Export
+from nbdlink.server.engine import Transmission
+from nbdlink.server.negotiate import NegotiatedSession
+from nbdlink.server.sessions import Session
 
 from .fakes import (
     BLOCK_STATUS,
@@ -530,3 +536,24 @@ def test_random_requests_never_break_the_server(service, seed):
             assert answered == cookie
             assert error in (0, EINVAL, ENOSPC)
             assert error or offset + length <= SIZE
+
+
+def test_a_long_read_behind_many_short_replies_fits_the_outbox(storage, nothing_leaks):
+    # Half a megabyte of requests at once: only a fast network brings that, or this.
+    count = 20_000
+    requests = request(WRITE, 0, 0) * count + request(READ, 0, SIZE) + request(DISC)
+    export = Export("", storage)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(20)
+        session = Session(1, theirs)
+        negotiated = NegotiatedSession(export, export.rules, requests)
+        thread = threading.Thread(target=Transmission(session, negotiated).run)
+        thread.start()
+        client = RawClient.__new__(RawClient)
+        client.sock = ours
+        for _ in range(count):
+            assert client.reply() == (0, 7, b"")
+        assert client.reply(SIZE) == (0, 7, storage.data)
+        thread.join()
+    assert session.requests == count + 1

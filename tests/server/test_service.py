@@ -6,10 +6,12 @@ import contextlib
 import errno
 import os
 import resource
+import selectors
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -32,12 +34,15 @@ from .fakes import (
 
 
 def waits_to_be_accepted(client):
-    """Tell whether a client hears nothing, not even a greeting."""
-    client.sock.settimeout(0.1)
+    """Tell whether a client hears nothing, not even a greeting, and nobody is busy meanwhile."""
+    client.sock.settimeout(0.2)
+    before = time.process_time()
     try:
-        return client.sock.recv(18) == b""
+        client.sock.recv(18)
     except TimeoutError:
-        return True
+        return time.process_time() - before < 0.1
+    else:
+        return False
     finally:
         client.sock.settimeout(30)
 
@@ -191,6 +196,27 @@ def test_clients_beyond_the_limit_wait_until_another_leaves(serve, storage):
         assert three.receive(18).startswith(b"NBDMAGIC")
 
 
+def test_the_limit_holds_for_clients_that_come_at_the_same_moment(storage, nothing_leaks):
+    listeners = [*listen_tcp("127.0.0.1", 0), *listen_tcp("127.0.0.1", 0)]
+    service = Service(Catalogue([Export("", storage)]), listeners, shared=1)
+    clients = []
+    for address in list(service.addresses):  # they wait before the service looks
+        service.addresses = [address]
+        clients.append(RawClient(service, handshake=False))
+    with service, contextlib.ExitStack() as stack:
+        for client in clients:
+            stack.callback(client.sock.close)
+        greeted = selectors.DefaultSelector()
+        stack.callback(greeted.close)
+        for client in clients:
+            greeted.register(client.sock, selectors.EVENT_READ, client)
+        ((key, _),) = greeted.select(20)
+        (other,) = (client for client in clients if client is not key.data)
+        assert waits_to_be_accepted(other)
+        key.data.sock.close()
+        assert other.receive(18).startswith(b"NBDMAGIC")
+
+
 def test_no_limit_is_no_limit(service):
     with contextlib.ExitStack() as stack:
         for _ in range(40):
@@ -231,9 +257,12 @@ def test_once_ends_with_its_client(once, storage):
     assert storage.closed
 
 
-def test_once_waits_for_the_last_of_several(once):
+def test_once_waits_for_the_last_of_several(once, eventually):
     one, two = RawClient(once), RawClient(once)
     one.sock.close()
+    eventually(lambda: len(once.sessions) == 1)
+    with RawClient(once) as three:  # the accepting thread has seen the first one leave
+        assert three.ask(READ, 0, 5)[0] == 0
     assert two.ask(READ, 0, 5)[0] == 0
     assert once.join(0) is False
     two.sock.close()
@@ -307,6 +336,7 @@ def test_a_payload_under_way_is_taken(service, storage, eventually):
         (session,) = service.sessions._active.values()
         eventually(lambda: not session.idle)
         service.stop()
+        eventually(lambda: session.ending)
         client.send(bytes(length - 200_000))
         assert client.reply() == (0, 3, b"")
         assert client.hung_up()
@@ -511,9 +541,12 @@ def test_running_out_of_descriptors_is_survived(program):
         for _ in range(30):
             stack.enter_context(RawClient(program, handshake=False))
         assert program.logs("no new clients for now: Too many open files")
+        time.sleep(0.2)  # whether it is quiet now, no event can tell
     # They are gone, and so the next is served.
     with RawClient(program) as client:
         assert client.ask(READ, 0, 4) == (0, bytes(4))
+    program.process.terminate()
+    assert program.end()[1].count("no new clients") < 5
 
 
 def test_a_killed_client_loses_nothing_acknowledged(program):
