@@ -140,7 +140,7 @@ def run_exports(arguments: argparse.Namespace) -> int:
         found: list[tuple[ExportListing, NegotiatedExport | None]] = []
         for listing in listings[:_MAX_ASKED]:
             try:
-                found.append((listing, _believable(negotiation, listing.name)))
+                found.append((listing, _believable(negotiation, listing.name, arguments.timeout)))
             except OptionError:
                 found.append((listing, None))
         found += [(listing, None) for listing in listings[_MAX_ASKED:]]
@@ -232,7 +232,7 @@ def _ask_about(target: Target, timeout: float) -> dict[str, Any]:
         structured = negotiation.request_structured_replies() if negotiation.fixed else False
         contexts = negotiation.list_meta_contexts() if structured else []
         try:
-            export = _believable(negotiation, target.export)
+            export = _believable(negotiation, target.export, timeout)
         except OptionError as error:
             if error.reply != OptionReply.ERR_UNSUP:
                 raise
@@ -241,7 +241,7 @@ def _ask_about(target: Target, timeout: float) -> dict[str, Any]:
         return _server_sheet(negotiation, [sheet])
 
 
-def _believable(negotiation: Negotiation, name: str) -> NegotiatedExport:
+def _believable(negotiation: Negotiation, name: str, timeout: float) -> NegotiatedExport:
     """Ask about an export, and ask again if it is said to be empty.
 
     nbd-server (seen with 3.24) answers INFO with a size of 0 and tells the real one on GO only,
@@ -250,7 +250,7 @@ def _believable(negotiation: Negotiation, name: str) -> NegotiatedExport:
     export = negotiation.info(name)
     if export.size:
         return export
-    with type(negotiation)(negotiation.target) as another:
+    with type(negotiation)(negotiation.target, timeout=timeout) as another:
         return another.go(name)
 
 

@@ -63,6 +63,9 @@ from nbdlink.uri import Target
 DEFAULT_TIMEOUT = 15.0
 """Seconds from the first connect to the end of the handshake."""
 
+_GOODBYE_TIMEOUT = 1.0
+"""Seconds for the server to acknowledge that we leave; nothing is lost if it does not."""
+
 _ASKED = (InfoType.EXPORT, InfoType.NAME, InfoType.DESCRIPTION, InfoType.BLOCK_SIZE)
 
 _REFUSALS: dict[int, tuple[str, str | None]] = {
@@ -176,7 +179,8 @@ class Negotiation:
         """End the session as the protocol wants it: ABORT, if an option may be sent now."""
         if self._socket.fileno() < 0:
             return
-        with contextlib.suppress(TransportError, RemoteProtocolError, TimeoutError):
+        self._deadline = Deadline(_GOODBYE_TIMEOUT)
+        with contextlib.suppress(TransportError, RemoteProtocolError):
             if self._machine.state is State.HAGGLING and self.fixed:
                 # Some servers hang up instead of acknowledging; either is fine.
                 self._send(OptionRequest(Option.ABORT))

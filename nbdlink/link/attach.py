@@ -8,16 +8,25 @@ then on the kernel speaks to the server by itself, and this process may end.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from nbdlink import kernel
 from nbdlink.client.negotiate import DEFAULT_TIMEOUT, NegotiatedExport, negotiate
-from nbdlink.errors import ConfigError, DeviceBusyError, KernelError, RemoteProtocolError
+from nbdlink.errors import (
+    ConfigError,
+    DeviceBusyError,
+    KernelError,
+    NBDError,
+    RemoteProtocolError,
+)
 from nbdlink.link import record
 from nbdlink.protocol.constants import TransmissionFlag
 from nbdlink.uri import Target
+
+_log = logging.getLogger("nbdlink.link")
 
 Road = Literal["auto", "netlink", "ioctl"]
 
@@ -99,23 +108,29 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
         sockets, export = _negotiate_all(spec, stack)
         binding = _binding(spec, index, [s.fileno() for s in sockets], export)
         device = kernel.attach(binding, road=spec.road, wait=spec.wait)
-    state = kernel.status(device.index)
-    record.write(
-        record.Record(
-            index=device.index,
-            name=spec.name,
-            target=str(spec.target),
-            connections=spec.connections,
-            read_only=state.read_only,
-            block_size=binding.block_size,
-            timeout=spec.timeout,
-            dead_timeout=spec.dead_timeout,
-            road=device.road,
-            identifier=state.backend or "",
-            pid=state.pid,
-        )
-    )
+    try:
+        record.write(_record(spec, binding, device))
+    except NBDError as error:
+        # The device is there and works; only its name and its target will not be known.
+        _log.warning("%s", error)
     return device
+
+
+def _record(spec: LinkSpec, binding: kernel.Binding, device: kernel.Device) -> record.Record:
+    state = kernel.status(device.index)
+    return record.Record(
+        index=device.index,
+        name=spec.name,
+        target=str(spec.target),
+        connections=spec.connections,
+        read_only=state.read_only,
+        block_size=binding.block_size,
+        timeout=spec.timeout,
+        dead_timeout=spec.dead_timeout,
+        road=device.road,
+        identifier=state.backend or "",
+        pid=state.pid,
+    )
 
 
 def _check(spec: LinkSpec) -> None:
