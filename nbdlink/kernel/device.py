@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nbdlink.errors import DeviceBusyError, KernelError
-from nbdlink.kernel import module, state, sysfs
+from nbdlink.kernel import module, sysfs
 from nbdlink.kernel.bounded import Aside
 from nbdlink.kernel.sysfs import Partition
 
@@ -94,6 +94,7 @@ class Device:
         road: "netlink" or "ioctl".
         reason: why it is the ioctl road although netlink would have been preferred, or None.
         missing: devices (`nbd0p1`) that udevd had not processed in time; it may still do so.
+        pid: what sysfs shows: over ioctl the process that holds the device.
     """
 
     index: int
@@ -102,6 +103,7 @@ class Device:
     road: str
     reason: str | None = None
     missing: tuple[str, ...] = ()
+    pid: int | None = None
 
 
 def attach(binding: Binding, *, road: Road = "auto", wait: float | None = 30.0) -> Device:
@@ -126,7 +128,7 @@ def attach(binding: Binding, *, road: Road = "auto", wait: float | None = 30.0) 
     module.require()
     if wait is None:
         index, taken, reason = _bind(binding, road, lambda: None)
-        return Device(index, f"/dev/nbd{index}", (), taken, reason)
+        return Device(index, f"/dev/nbd{index}", (), taken, reason, (), sysfs.pid(index))
     from nbdlink.kernel.udev import Watch
 
     deadline = time.monotonic() + wait
@@ -139,7 +141,9 @@ def attach(binding: Binding, *, road: Road = "auto", wait: float | None = 30.0) 
         except BaseException:
             _undo(index, taken)
             raise
-    return Device(index, f"/dev/nbd{index}", partitions, taken, reason, tuple(sorted(missing)))
+    late = tuple(sorted(missing))
+    path = f"/dev/nbd{index}"
+    return Device(index, path, partitions, taken, reason, late, sysfs.pid(index))
 
 
 def reconfigure(
@@ -179,7 +183,7 @@ def resize(index: int, size: int) -> None:
     _require_attached(index)
     if not 0 < size < _SIZE_LIMIT:
         raise _invalid(f"a device of {size} bytes is not possible")
-    if state.settled_links({index}).get(index) == 0:
+    if not sysfs.has_live_link(index):
         raise KernelError(
             f"/dev/nbd{index} has no live connection, so it cannot be resized",
             hint="renew its connections first",
@@ -281,7 +285,7 @@ def _persist(binding: Binding, mark: Callable[[], None], connect: Callable[[Bind
 
 def _truly_attached(index: int) -> bool:
     """Tell a device in use from one that was detached and waits for its last close."""
-    return sysfs.pid(index) is not None and state.settled_links({index}).get(index) != 0
+    return sysfs.pid(index) is not None and sysfs.has_live_link(index)
 
 
 def _scan(index: int, deadline: float, udev: bool) -> tuple[Partition, ...]:
@@ -313,7 +317,9 @@ def _scan(index: int, deadline: float, udev: bool) -> tuple[Partition, ...]:
             ) from None
         else:
             break
-    if sysfs.pid(index) is None or sysfs.size(index) == 0:
+    # An open succeeds even if the partition table cannot be read.
+    ended = sysfs.pid(index) is None or sysfs.size(index) == 0
+    if ended or not sysfs.has_live_link(index):
         raise KernelError(
             f"{path} ended as soon as it had begun",
             hint="the server closed the connection; see its log and `dmesg`",
@@ -322,13 +328,15 @@ def _scan(index: int, deadline: float, udev: bool) -> tuple[Partition, ...]:
 
 
 def _undo(index: int, road: str) -> None:
-    from nbdlink.kernel import ioctl, netlink
+    if road == "ioctl":
+        from nbdlink.kernel import ioctl
+
+        ioctl.abandon(index)
+        return
+    from nbdlink.kernel import netlink
 
     with contextlib.suppress(KernelError):
-        if road == "netlink":
-            netlink.disconnect(index)
-        else:
-            ioctl.disconnect(index)
+        netlink.disconnect(index)
 
 
 def _require_attached(index: int) -> None:

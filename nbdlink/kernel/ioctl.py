@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -89,6 +90,22 @@ def disconnect(index: int) -> None:
         os.close(device)
 
 
+def abandon(index: int) -> None:
+    """End a device of this road by ending its holder, if that can be found.
+
+    Unlike `disconnect` this does not open the device, which blocks while the kernel reads the
+    partition table of a server that does not answer.
+    """
+    pid = sysfs.pid(index)
+    if pid is None:
+        return
+    with contextlib.suppress(OSError):
+        # The number may mean another process in this PID namespace.
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if {holder.__file__.encode(), f"/dev/nbd{index}".encode()} <= set(words):
+            os.kill(pid, signal.SIGKILL)
+
+
 def resize(index: int, size: int) -> None:
     """Set the size of a device of this road, in bytes.
 
@@ -130,7 +147,7 @@ def _start(index: int, tail: list[int], sockets: Sequence[int]) -> None:
         raise KernelError(f"the holder of /dev/nbd{index} cannot be started: {error}") from None
     assert process.stdout is not None
     try:
-        _await_ready(index, process.stdout.fileno(), process.pid)
+        _await_ready(index, process.stdout.fileno())
     except BaseException:
         process.kill()
         process.wait()
@@ -141,7 +158,7 @@ def _start(index: int, tail: list[int], sockets: Sequence[int]) -> None:
     process.returncode = 0
 
 
-def _await_ready(index: int, pipe: int, pid: int) -> None:
+def _await_ready(index: int, pipe: int) -> None:
     """Wait until the holder sits in NBD_DO_IT and the device is live, or raise why not."""
     deadline = time.monotonic() + START_SECONDS
     received = b""
@@ -163,7 +180,9 @@ def _await_ready(index: int, pipe: int, pid: int) -> None:
                         f"/dev/nbd{index} ended as soon as it had begun",
                         hint="the server closed the connection; see its log and `dmesg`",
                     )
-            if ready and sysfs.pid(index) == pid and sysfs.size(index):
+            # Whose pid it is need not be asked: SET_SOCK made the device this holder's. (And
+            # the kernel shows the number of the machine's first PID namespace.)
+            if ready and sysfs.pid(index) is not None and sysfs.size(index):
                 return
     raise KernelError(f"/dev/nbd{index} did not come alive within {START_SECONDS:g} seconds")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 from nbdlink.errors import ModuleMissingError, RightsError
@@ -66,6 +65,8 @@ def rights_error(what: str, errno: int) -> RightsError:
 
 def _modprobe() -> str:
     """Run the modprobe that the kernel itself would run; give its complaint in one line."""
+    import subprocess
+
     try:
         # The administrator's choice; an empty one means that nothing shall be loaded.
         program = _MODPROBE.read_text().strip()

@@ -17,7 +17,9 @@ import socket
 import struct
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec, module_from_spec
+from threading import RLock
 from typing import Any
 
 from nbdlink.errors import DeviceBusyError, KernelError
@@ -30,7 +32,7 @@ def _defer_package_initialisation() -> None:
     It imports the whole library (NDB, sqlite3, multiprocessing, asyncio: 100 ms); the message
     codec alone takes 6. The package is entered into `sys.modules` unexecuted, as a namespace
     that knows where its parts are, and runs its initialisation on the first access to a name
-    that is not there yet. So a program that uses pyroute2 for itself notices nothing.
+    that is neither there nor a part. So a program that uses pyroute2 for itself notices nothing.
     """
     if "pyroute2" in sys.modules:
         return
@@ -39,10 +41,17 @@ def _defer_package_initialisation() -> None:
         return  # the import statement below says so better
     package = module_from_spec(spec)
     loader = spec.loader
+    lock = RLock()
+    begun = False
 
     def initialise(name: str) -> Any:
-        if package.__dict__.pop("__getattr__", None) is not None:
-            loader.exec_module(package)
+        nonlocal begun
+        if not name.startswith("__") and find_spec(f"pyroute2.{name}"):
+            return import_module(f"pyroute2.{name}")
+        with lock:  # the same thread comes here again while the package initialises
+            if not begun:
+                begun = True
+                loader.exec_module(package)
         try:
             return package.__dict__[name]
         except KeyError:
@@ -272,8 +281,8 @@ def _family_id(sock: socket.socket) -> int:
                 errno=error.errno or 0,
             ) from None
     module.require_loaded()
-    # The family exists in the machine's first network namespace only: nbd.c does not set
-    # `netnsok`.
+    # Whether it exists outside the machine's first network namespace depends on the kernel:
+    # `netnsok` of nbd.c is not set in 6.1, and is in 6.12.
     raise FamilyMissingError(
         "the kernel offers no nbd netlink family here (an old kernel, or a network namespace)",
         errno=errno.ENOENT,

@@ -5,26 +5,25 @@ named; then the device is opened exclusively, which the kernel refuses for every
 mount, swap or stacked device, of another mount namespace too, and which keeps new ones away
 until the disconnect is done.
 
-Nothing here waits without an end. What may block in the kernel runs aside; the disconnect fails
-every request in flight, which lets those calls return.
+Nothing here waits without an end. The flush and the guard are a process of their own; the
+disconnect runs in a thread, and fails every request that is in flight.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import time
 
 from nbdlink.errors import DeviceBusyError, DeviceInUseError, KernelError
-from nbdlink.kernel import module, state, sysfs, usage
+from nbdlink.kernel import module, sysfs, usage
 from nbdlink.kernel.bounded import Aside
+from nbdlink.kernel.flush import Guard
 
 FLUSH_SECONDS = 30.0
 """At most this long is waited for the server to take what is unwritten."""
 
-_BLKFLSBUF = 0x1261
 _POLL_SECONDS = 0.002
 
 
@@ -53,16 +52,13 @@ def detach(index: int, *, force: bool = False, wait: float = 10.0) -> None:
             errno=errno.ENOTCONN if there else errno.ENODEV,
             hint="`nbdlink list` shows what is attached",
         )
-    guard = None
-    if not force:
-        _refuse_if_used(index)
-        if state.settled_links({index}).get(index) != 0:
-            guard = _flush(index, wait)
-    try:
+    if force:
         _disconnect(index, wait)
-    finally:
-        if guard is not None:
-            os.close(guard)
+    else:
+        _refuse_if_used(index)
+        # A dead device has nobody to flush to, and would only fail.
+        with _flush(index, wait) if sysfs.has_live_link(index) else contextlib.nullcontext():
+            _disconnect(index, wait)
     _await_gone(index, wait)
 
 
@@ -83,22 +79,10 @@ def _remedy(found: list[usage.Use]) -> str:
     return f"take {found[-1].where} down first"
 
 
-def _flush(index: int, wait: float) -> int | None:
-    """Write back and have the server flush; give an exclusive descriptor that guards the device."""
+def _flush(index: int, wait: float) -> Guard:
     path = f"/dev/nbd{index}"
-
-    def flush() -> int:
-        fd = os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-            fcntl.ioctl(fd, _BLKFLSBUF)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
     try:
-        return Aside(flush).result(min(wait, FLUSH_SECONDS))
+        return Guard(path, min(wait, FLUSH_SECONDS))
     except TimeoutError:
         raise KernelError(
             f"{path}: what is unwritten could not be flushed: the server does not answer",
@@ -158,7 +142,7 @@ def _await_gone(index: int, wait: float) -> None:
         now = time.monotonic()
         if now >= deadline or (now > deadline - wait / 2 and not looked):
             looked = True
-            if found := usage.uses(index) + usage.loops(index):
+            if found := usage.uses(index):
                 # These do not go by themselves.
                 shown = "; ".join(map(str, found[:5]))
                 raise DeviceInUseError(

@@ -11,7 +11,6 @@ to (`probe`).
 from __future__ import annotations
 
 import errno
-import time
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -21,8 +20,6 @@ from nbdlink.kernel import module, sysfs, usage
 from nbdlink.kernel.sysfs import Partition
 
 DEFAULT_DEADLINE = 2.0
-
-_SETTLE_SECONDS = 0.1
 
 
 class DeviceState(StrEnum):
@@ -115,27 +112,12 @@ def devices(*, probe: bool = False, deadline: float = DEFAULT_DEADLINE) -> list[
 
 def _statuses(indices: list[int], probe: bool, deadline: float) -> list[DeviceStatus]:
     attached = {index for index in indices if sysfs.pid(index) is not None}
-    links = settled_links(attached) if attached else {}
+    links = sysfs.settled_links(attached) if attached else {}
     mounted = usage.mounts() if attached else []
     found = [_passive(index, links.get(index), mounted) for index in indices]
     if probe:
         found = _probed(found, deadline)
     return found
-
-
-def settled_links(indices: set[int]) -> dict[int, int]:
-    """Count the live connections of the given devices; what is not known is left out.
-
-    Right after CONNECT the workers are queued and may not run yet, so none is believed to be
-    none only if it stays so for a moment. The kernel sends no event for either.
-    """
-    deadline = time.monotonic() + _SETTLE_SECONDS
-    while True:
-        counts = sysfs.live_links() or {}
-        known = {index: counts[index] for index in indices if index in counts}
-        if all(known.values()) or time.monotonic() >= deadline:
-            return known
-        time.sleep(_SETTLE_SECONDS / 10)
 
 
 def _passive(index: int, links: int | None, mounted: list[usage.Mount]) -> DeviceStatus:

@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import stat
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from nbdlink.kernel import module
 
 SECTOR = 512
 """The unit of every size in sysfs, whatever the device's block size."""
+
+_SETTLE_SECONDS = 0.1
 
 _BLOCK = Path("/sys/block")
 _NUMBERS = Path("/sys/dev/block")
@@ -149,6 +152,26 @@ def live_links() -> dict[int, int] | None:
         busy = match[0].endswith(f"+nbd{index}-recv")
         counts[index] = counts.get(index, 0) + busy
     return counts
+
+
+def settled_links(among: set[int]) -> dict[int, int]:
+    """Count the live connections of the given devices; what is not known is left out.
+
+    Right after CONNECT the workers are queued and may not run yet, so none is believed to be
+    none only if it stays so for a moment. The kernel sends no event for either.
+    """
+    deadline = time.monotonic() + _SETTLE_SECONDS
+    while True:
+        counts = live_links() or {}
+        known = {index: counts[index] for index in among if index in counts}
+        if all(known.values()) or time.monotonic() >= deadline:
+            return known
+        time.sleep(_SETTLE_SECONDS / 10)
+
+
+def has_live_link(index: int) -> bool:
+    """Tell whether a device has a connection left, or none can be seen from here."""
+    return settled_links({index}).get(index) != 0
 
 
 def index_of(device: str, *, must_exist: bool = True) -> int:

@@ -112,9 +112,10 @@ def uses(index: int) -> list[Use]:
     names = [disk, *(partition.name for partition in sysfs.partitions(index))]
     mounted = mounts()
     swapped = _swapped_numbers()
+    looped = _loops()
     found: list[Use] = []
     for name in names:
-        found += _uses_of(name, mounted, swapped, _DEPTH)
+        found += _uses_of(name, mounted, swapped, looped, _DEPTH)
     return found
 
 
@@ -132,25 +133,29 @@ def openers(index: int) -> list[Opener]:
     return found
 
 
-def loops(index: int) -> list[Use]:
-    """Give the loop devices whose backing file is the device or a partition of it."""
-    found = []
-    for link in Path("/sys/block").glob("loop*/loop/backing_file"):
-        backing = _text(link) or ""
-        if re.match(rf"/dev/nbd{index}(p[0-9]+)?\Z", backing):
-            found.append(Use("holder", backing, f"/dev/{link.parts[3]}"))
+def _loops() -> dict[str, list[str]]:
+    """Give the loop devices, by the path of the block device that backs them.
+
+    They claim nothing and are no process, so neither `holders` nor a search of /proc shows them.
+    """
+    found: dict[str, list[str]] = {}
+    for link in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        if backing := _text(link):
+            found.setdefault(backing, []).append(link.parts[3])
     return found
 
 
-def _uses_of(name: str, mounted: list[Mount], swapped: set[str], depth: int) -> list[Use]:
+def _uses_of(
+    name: str, mounted: list[Mount], swapped: set[str], looped: dict[str, list[str]], depth: int
+) -> list[Use]:
     path = _shown_path(name)
     found = [Use("mount", path, point) for point in mount_points(name, mounted)]
     if _number(name) in swapped:
         found.append(Use("swap", path, ""))
-    for holder in sorted(sysfs.names_in(_BLOCK / name / "holders")):
+    for holder in sorted(sysfs.names_in(_BLOCK / name / "holders")) + looped.get(path, []):
         found.append(Use("holder", path, _shown_path(holder)))
         if depth:
-            found += _uses_of(holder, mounted, swapped, depth - 1)
+            found += _uses_of(holder, mounted, swapped, looped, depth - 1)
     return found
 
 

@@ -8,7 +8,6 @@ then on the kernel speaks to the server by itself, and this process may end.
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,8 +24,6 @@ from nbdlink.errors import (
 from nbdlink.link import record
 from nbdlink.protocol.constants import TransmissionFlag
 from nbdlink.uri import Target
-
-_log = logging.getLogger("nbdlink.link")
 
 Road = Literal["auto", "netlink", "ioctl"]
 
@@ -112,7 +109,9 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
         record.write(_record(spec, binding, device))
     except NBDError as error:
         # The device is there and works; only its name and its target will not be known.
-        _log.warning("%s", error)
+        import logging  # takes longer than the whole hand-over; the good case needs none
+
+        logging.getLogger("nbdlink.link").warning("%s", error)
     return device
 
 

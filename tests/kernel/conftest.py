@@ -1,0 +1,187 @@
+"""Devices that are left free after each test, servers that end with it, and udevd on and off.
+
+These run as root on a kernel with the module nbd, in a virtual machine as a rule, and under
+emulation that is 20 times slower: deadlines are generous and cost nothing when all is well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nbdlink import kernel
+from nbdlink.errors import KernelError
+from nbdlink.kernel import netlink, sysfs, udev
+
+from .peer import Peer
+
+PATIENCE = 60.0
+"""Seconds that nothing here takes, on any machine."""
+
+SIZE = 8 << 20
+
+
+@pytest.fixture
+def peer():
+    """Serve 8 MiB on as many connections as the test asks for."""
+    server = Peer(SIZE)
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["netlink", "ioctl"])
+def road(request):
+    return request.param
+
+
+@pytest.fixture
+def attach(peer):
+    """Attach `connections` of the peer, closing our ends; detach by force after the test."""
+    sockets = []
+
+    def attach(
+        *, connections=1, flags=0, road="auto", wait=PATIENCE, family=None, server=peer, **fields
+    ):
+        mine = [server.connect() for _ in range(connections)]
+        sockets.extend(mine)
+        fields.setdefault("size", len(server.data))
+        # The unit of the partition tables that are used here.
+        fields.setdefault("block_size", 512)
+        binding = kernel.Binding(
+            sockets=tuple(sock.fileno() for sock in mine),
+            transmission_flags=server.flags | flags,
+            **fields,
+        )
+        try:
+            return kernel.attach(binding, road=road, wait=wait)
+        finally:
+            for sock in mine:
+                sock.close()
+
+    yield attach
+    for sock in sockets:
+        sock.close()
+    free_all()
+
+
+def free_all():
+    for index in sysfs.indices():
+        if sysfs.pid(index) is not None:
+            with contextlib.suppress(KernelError):
+                netlink.disconnect(index)
+    until(lambda: all(sysfs.pid(index) is None for index in sysfs.indices()))
+
+
+def until(condition, seconds=PATIENCE):
+    """Wait for what the kernel gives no event for; fail if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.005)
+    return result
+
+
+def run_python(code, *, descriptors=(), wrapper=(), **options):
+    """Run `code` in a Python of its own that finds this nbdlink; give what it printed."""
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE * 2,
+        pass_fds=descriptors,
+        env={**os.environ, "PYTHONPATH": str(Path(kernel.__file__).parents[2])},
+        check=False,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def with_udevd():
+    """Have a udevd run."""
+    started = not udev.runs()
+    if started:
+        _start_udevd()
+    yield
+    if started:
+        _stop_udevd()
+
+
+@pytest.fixture
+def without_udevd():
+    """Have no udevd run, for a while."""
+    stopped = udev.runs()
+    if stopped:
+        _stop_udevd()
+    yield
+    if stopped:
+        _start_udevd()
+
+
+def _start_udevd():
+    Path("/run/udev").mkdir(exist_ok=True)
+    subprocess.run(["/lib/systemd/systemd-udevd", "--daemon"], check=True, capture_output=True)
+    until(udev.runs)
+    subprocess.run(["udevadm", "settle"], check=True)
+
+
+def _stop_udevd():
+    subprocess.run(["udevadm", "settle"], check=True)
+    for _ in range(6):
+        # Now and then one is lost, without a word, when the machine is busy.
+        subprocess.run(["udevadm", "control", "--exit"], check=False, capture_output=True)
+        with contextlib.suppress(AssertionError):
+            until(lambda: not udev.runs(), PATIENCE / 6)
+            return
+    pytest.fail("udevd does not end")
+
+
+@pytest.fixture
+def open_descriptors():
+    """Give a function that counts this process's open descriptors."""
+    return lambda: len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.fixture
+def in_thread():
+    """Run functions aside and join them at the end."""
+    threads = []
+
+    def start(call):
+        thread = threading.Thread(target=call)
+        thread.start()
+        threads.append(thread)
+
+    yield start
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def opened_elsewhere():
+    """Have another process hold a device open; it ends with the test, or when told to."""
+    holders = []
+
+    def hold(path):
+        code = "import os,sys; os.open(sys.argv[1], 0); print('open', flush=True); input()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        holders.append(process)
+        assert process.stdout.readline() == b"open\n"
+        return process
+
+    yield hold
+    for process in holders:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
