@@ -1,0 +1,64 @@
+# `make` alone lists what there is. All of it works from a fresh clone on Debian 12.
+
+SHELL := /bin/bash
+
+# Debian's own, where there is one: its modules (python3-libnbd) fit only that.
+PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
+# The kernel that `make demo` boots, and those that the kernel tests run under.
+KERNEL ?= 6.1
+KERNELS ?= 6.1 6.12
+
+venv := .venv
+python := $(venv)/bin/python
+sources := nbdlink tests $(wildcard bench)
+# pip shows a progress bar to a person, and nothing to a log.
+pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
+
+.PHONY: help demo test unit lint kernel-test clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: ## serve a file and attach it as a block device, in a throw-away virtual machine
+	@vagrant/provision.sh demo
+	@$(MAKE) --no-print-directory $(venv)/.for-demo
+	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 900 -- tests/vm/demo.sh
+
+# Without root what is missing stays missing, and the tests say what they skip; not so in CI.
+test: ## everything: unit and interop tests, linters, types, and the kernel tests in two kernels
+	@vagrant/provision.sh test || { [ $$? -eq 3 ] && [ -z "$$CI" ]; }
+	@$(MAKE) --no-print-directory $(venv)/.for-tests
+	@$(python) -m tests.vm.suite --host $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
+
+unit: $(venv)/.for-tests ## the tests that take no virtual machine
+	@$(python) -m pytest -m "not kernel"
+
+lint: $(venv)/.for-tests ## linters and types only
+	@$(python) -m pytest tests/test_lint.py
+
+kernel-test: ## the kernel tests only, in a virtual machine per kernel
+	@vagrant/provision.sh test
+	@$(MAKE) --no-print-directory $(venv)/.for-tests
+	@$(python) -m tests.vm.suite $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
+
+clean: ## remove what was built; the cache folder with the kernels stays
+	rm -rf $(venv) build dist *.egg-info .coverage* .hypothesis .import_linter_cache \
+	    .mypy_cache .pytest_cache .ruff_cache
+	find $(sources) -name __pycache__ -prune -exec rm -rf {} +
+
+# The bytecode is made here, as Python in a virtual machine without KVM is ten times slower.
+$(venv)/.for-demo: pyproject.toml | $(venv)/.made
+	@echo "installing nbdlink into $(venv)"
+	@$(pip_install) --editable .
+	@$(python) -m compileall -q nbdlink
+	@touch $@
+
+$(venv)/.for-tests: pyproject.toml | $(venv)/.made
+	@echo "installing nbdlink and what its tests take into $(venv)"
+	@$(pip_install) --editable '.[dev]'
+	@touch $@
+
+$(venv)/.made:
+	@echo "making $(venv)"
+	@$(PYTHON) -m venv --clear $(venv)
+	@touch $@

@@ -1,0 +1,52 @@
+"""What all tests share: where the kernel tests run, and that nothing is skipped in CI."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+_IN_CI = bool(os.environ.get("CI"))
+
+
+def _why_no_kernel() -> str | None:
+    if os.geteuid() != 0:
+        return "needs root; `make kernel-test` runs it in a virtual machine"
+    if not Path("/sys/module/nbd").exists():
+        return "the module nbd is not loaded; `make kernel-test` runs it in a virtual machine"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if reason := _why_no_kernel():
+        for item in items:
+            if item.get_closest_marker("kernel"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+# In CI everything is there that a test may need, so that a skip is a mistake.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if _IN_CI and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {_reason(report)}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if _IN_CI and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {_reason(report)}"
+    return report
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    # pytest gives a skip as (file, line, reason).
+    return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
