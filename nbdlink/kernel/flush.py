@@ -17,7 +17,11 @@ import fcntl
 import os
 import select
 import sys
-import time
+
+# For the type checker only: as a program this file must start without delay.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _BLKFLSBUF = 0x1261
 
@@ -25,16 +29,21 @@ _BLKFLSBUF = 0x1261
 class Guard:
     """A device that is flushed and kept from others; used in a `with` statement."""
 
-    def __init__(self, path: str, seconds: float) -> None:
+    def __init__(self, path: str, seconds: float, progress: Callable[[], int]) -> None:
         """Flush the device at `path`.
 
+        Args:
+            path: the device.
+            seconds: how long nothing may happen. A flush that writes goes on for as long as
+                it takes: gigabytes may be waiting for a slow server.
+            progress: gives a number that changes when something has been written.
+
         Raises:
-            TimeoutError: the flush has not come back within `seconds`.
+            TimeoutError: nothing has been written for `seconds`.
             OSError: EBUSY if somebody has claimed the device, or what the flush gave.
         """
         import subprocess
 
-        deadline = time.monotonic() + seconds
         with subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, path],
             stdin=subprocess.PIPE,
@@ -47,9 +56,12 @@ class Guard:
             os.set_inheritable(self._hold, False)
             answer = os.dup(starter.stdout.fileno())
         try:
-            left = max(0.0, deadline - time.monotonic())
-            if not select.select([answer], [], [], left)[0]:
-                raise TimeoutError
+            before = progress()
+            while not select.select([answer], [], [], seconds)[0]:
+                now = progress()
+                if now == before:
+                    raise TimeoutError
+                before = now
             number = int(os.read(answer, 32) or errno.EIO)
             if number:
                 raise OSError(number, os.strerror(number))

@@ -21,9 +21,6 @@ from nbdlink.kernel import module, sysfs, usage
 from nbdlink.kernel.bounded import Aside
 from nbdlink.kernel.flush import Guard
 
-FLUSH_SECONDS = 30.0
-"""At most this long is waited for the server to take what is unwritten."""
-
 _POLL_SECONDS = 0.002
 
 
@@ -33,7 +30,8 @@ def detach(index: int, *, force: bool = False, wait: float = 10.0) -> None:
     Args:
         index: N of `/dev/nbdN`.
         force: even if it is mounted, held or cannot be flushed; unwritten data is lost.
-        wait: seconds for the disconnect and until the device is free again.
+        wait: seconds for which a flush may make no progress, for the disconnect, and until
+            the device is free again.
 
     Raises:
         DeviceInUseError: it is mounted, swapped on or held; nothing was done. With `force`:
@@ -82,7 +80,7 @@ def _remedy(found: list[usage.Use]) -> str:
 def _flush(index: int, wait: float) -> Guard:
     path = f"/dev/nbd{index}"
     try:
-        return Guard(path, min(wait, FLUSH_SECONDS))
+        return Guard(path, wait, lambda: sysfs.writes_done(index))
     except TimeoutError:
         raise KernelError(
             f"{path}: what is unwritten could not be flushed: the server does not answer",

@@ -77,6 +77,12 @@ def size(index: int) -> int:
     return int(_attribute(index, "size") or 0) * SECTOR
 
 
+def writes_done(index: int) -> int:
+    """Give how many writes and flushes have completed (`Documentation/block/stat.rst`)."""
+    fields = (_attribute(index, "stat") or "").split()
+    return sum(int(fields[n]) for n in (4, 15) if n < len(fields))
+
+
 def read_only(index: int) -> bool:
     """Tell whether the device refuses writes."""
     return _attribute(index, "ro") == "1"

@@ -19,14 +19,20 @@ from pathlib import Path
 from nbdlink.uri import Target
 
 
-def _connectable(target: Target) -> bool:
+def _greets(target: Target) -> bool:
+    """Tell whether the server answers; False if it does not even listen yet.
+
+    Listening is not enough: nbd-server listens, and then looks for a large prime number (for
+    TLS) before it accepts anybody, which can take ten seconds under emulation.
+    """
     family = socket.AF_UNIX if target.socket else socket.AF_INET
     with socket.socket(family) as probe:
+        probe.settimeout(60)
         try:
             probe.connect(target.socket or (target.host, target.port))
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return False
-    return True
+        return probe.recv(8) == b"NBDMAGIC"
 
 
 @contextlib.contextmanager
@@ -35,7 +41,7 @@ def _running(command: list[str], target: Target) -> Iterator[Target]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         end = time.monotonic() + 60
-        while not _connectable(target):
+        while not _greets(target):
             if process.poll() is not None:
                 said = process.stdout.read().decode(errors="replace") if process.stdout else ""
                 raise RuntimeError(f"{command[0]} ended with {process.returncode}: {said}")
@@ -91,7 +97,7 @@ def nbd_server(image: Path, folder: Path) -> Iterator[Target]:
     subprocess.run(["nbd-server", "-C", str(config), "-p", str(pid_file)], check=True, timeout=60)
     try:
         end = time.monotonic() + 60
-        while not (pid_file.exists() and _connectable(target)):
+        while not (pid_file.exists() and _greets(target)):
             if time.monotonic() > end:
                 raise RuntimeError(f"nbd-server does not listen on {target}")
             time.sleep(0.02)

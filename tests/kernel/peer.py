@@ -10,6 +10,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
@@ -28,6 +29,7 @@ class Peer:
         self.flags = HAS_FLAGS | SEND_FLUSH
         self.answering = threading.Event()
         self.answering.set()
+        self.write_seconds = 0.0
         self.requests: list[int] = []
         self._ours: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -78,6 +80,7 @@ class Peer:
                 if kind == READ:
                     answer = bytes(self.data[offset : offset + length])
                 elif kind == WRITE:
+                    time.sleep(self.write_seconds)
                     self.data[offset : offset + length] = payload
                 sock.sendall(REPLY.pack(REPLY_MAGIC, 0, cookie) + answer)
 

@@ -192,6 +192,22 @@ def test_a_silent_server_is_said_to_be_one(attach, peer):
         kernel.detach(0, wait=1.0)
 
 
+def test_a_slow_server_is_given_the_time_it_takes(attach, peer):
+    attach(index=0)
+    peer.write_seconds = 0.5
+    data = os.urandom(1 << 20)
+    # Held open, as a last close would flush by itself.
+    fd = os.open("/dev/nbd0", os.O_RDWR)
+    try:
+        os.pwrite(fd, data, 0)
+        # Eight requests, one after the other: far longer than `wait` in all.
+        with pytest.raises(DeviceBusyError, match="is disconnected"):
+            kernel.detach(0, wait=1.5)
+    finally:
+        os.close(fd)
+    assert bytes(peer.data[: len(data)]) == data
+
+
 def test_a_silent_server_does_not_keep_the_caller_from_ending(attach, peer):
     attach(index=0, timeout=600)
     peer.answering.clear()
@@ -208,7 +224,7 @@ def test_a_silent_server_does_not_keep_the_caller_from_ending(attach, peer):
 
 def test_nothing_can_be_mounted_while_it_goes_on(attach, peer):
     attach(index=0)
-    with Guard("/dev/nbd0", 60), pytest.raises(OSError, match="busy"):
+    with Guard("/dev/nbd0", 60, lambda: 0), pytest.raises(OSError, match="busy"):
         os.open("/dev/nbd0", os.O_RDONLY | os.O_EXCL)
 
 
