@@ -14,7 +14,7 @@ sources := nbdlink tests $(wildcard bench)
 # pip shows a progress bar to a person, and nothing to a log.
 pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
 
-.PHONY: help demo test unit lint kernel-test clean
+.PHONY: help demo test unit lint kernel-test bench-attach clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +40,14 @@ kernel-test: ## the kernel tests only, in a virtual machine per kernel
 	@vagrant/provision.sh test
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
+
+bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtual machine
+	@vagrant/provision.sh test
+	@$(MAKE) --no-print-directory $(venv)/.for-demo
+	@$(python) -m compileall -q nbdlink $(venv)
+	@mkdir -p docs/benchmarks
+	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 600 --rw docs/benchmarks -- \
+	    python bench/attach.py docs/benchmarks/attach.md
 
 clean: ## remove what was built; the cache folder with the kernels stays
 	rm -rf $(venv) build dist *.egg-info .coverage* .hypothesis .import_linter_cache \

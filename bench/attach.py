@@ -8,7 +8,7 @@ node can be read; reading a block from it is part of the time. Prints medians an
 
 from __future__ import annotations
 
-import json
+import os
 import resource
 import shutil
 import socket
@@ -100,24 +100,50 @@ def main() -> None:
         finally:
             server.terminate()
             server.wait()
-    report = {
-        name: {
-            "seconds": statistics.median(seconds for seconds, _ in results),
-            "cpu_seconds": statistics.median(cpu for _, cpu in results),
-        }
+    report = table(times, statistics.median(bare[1:]))
+    print(report)
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(f"{HEAD}{report}")
+
+
+HEAD = """\
+# Time to attach
+
+`make bench-attach` writes this page. Each command is timed from its start until a block of the
+device has been read; all are run in turn, against the same nbdkit over TCP, in a virtual machine.
+"""
+
+
+def table(times: dict[str, list[tuple[float, float]]], bare: float) -> str:
+    """Lay out medians and ratios as a Markdown table."""
+    medians = {
+        name: tuple(statistics.median(column) for column in zip(*results, strict=True))
         for name, results in times.items()
     }
-    base = report["nbd-client"]["seconds"]
-    print(f"{'command':28} {'median':>9} {'CPU':>9} {'ratio':>7}   ({ROUNDS} rounds)")
-    for name, result in report.items():
-        result["ratio"] = result["seconds"] / base
-        print(
-            f"{name:28} {result['seconds']:8.3f}s {result['cpu_seconds']:8.3f}s"
-            f" {result['ratio']:7.2f}"
+    base_seconds, base_cpu = medians["nbd-client"]
+    machine = f"{os.cpu_count()} processors, Linux {os.uname().release}"
+    emulated = "hypervisor" in Path("/proc/cpuinfo").read_text() and not kvm()
+    lines = [
+        "",
+        f"Machine: {machine}, {'software emulation' if emulated else 'hardware or KVM'}; medians "
+        f"of {ROUNDS} rounds.",
+        "",
+        "| command | seconds | CPU seconds | seconds beside nbd-client | CPU beside nbd-client |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, (seconds, cpu) in medians.items():
+        lines.append(
+            f"| {name} | {seconds:.3f} | {cpu:.3f} | {seconds / base_seconds:.2f} "
+            f"| {cpu / base_cpu:.2f} |"
         )
-    print(f"{'(a bare Python interpreter)':28} {statistics.median(bare[1:]):8.3f}s")
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(report, indent=2) + "\n")
+    lines += ["", f"Of that, a bare Python interpreter takes {bare:.3f} seconds to start and end."]
+    return "\n".join(lines) + "\n"
+
+
+def kvm() -> bool:
+    """Tell whether the guest's hypervisor says that it is KVM."""
+    done = subprocess.run(["lscpu"], capture_output=True, text=True, check=False)
+    return "KVM" in done.stdout
 
 
 main()
