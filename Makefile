@@ -41,13 +41,16 @@ kernel-test: ## the kernel tests only, in a virtual machine per kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
 
+# Installed as users install it: an editable install looks every module up in a slower way.
 bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtual machine
 	@vagrant/provision.sh test
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
-	@$(python) -m compileall -q nbdlink $(venv)
+	@$(PYTHON) -m venv --clear build/bench-venv
+	@build/bench-venv/bin/python -m pip install --quiet --disable-pip-version-check .
+	@build/bench-venv/bin/python -m compileall -q build/bench-venv/lib
 	@mkdir -p docs/benchmarks
 	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 600 --rw docs/benchmarks -- \
-	    python bench/attach.py docs/benchmarks/attach.md
+	    build/bench-venv/bin/python bench/attach.py docs/benchmarks/attach.md
 
 clean: ## remove what was built; the cache folder with the kernels stays
 	rm -rf $(venv) build dist *.egg-info .coverage* .hypothesis .import_linter_cache \

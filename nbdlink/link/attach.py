@@ -116,19 +116,21 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
 
 
 def _record(spec: LinkSpec, binding: kernel.Binding, device: kernel.Device) -> record.Record:
-    state = kernel.status(device.index)
+    # From what is known already: to ask the kernel again would cost more in imports than in
+    # system calls.
+    netlink = device.road == "netlink"
     return record.Record(
         index=device.index,
         name=spec.name,
         target=str(spec.target),
         connections=spec.connections,
-        read_only=state.read_only,
+        read_only=bool(binding.transmission_flags & TransmissionFlag.READ_ONLY),
         block_size=binding.block_size,
         timeout=spec.timeout,
         dead_timeout=spec.dead_timeout,
         road=device.road,
-        identifier=state.backend or "",
-        pid=state.pid,
+        identifier=binding.identifier or "" if netlink else "",
+        pid=device.pid,
     )
 
 

@@ -8,7 +8,6 @@ same holder) for the device; one that is left over from an earlier use is nobody
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from dataclasses import asdict, dataclass, field
@@ -65,6 +64,8 @@ def write(record: Record) -> None:
     Raises:
         NBDError: the directory cannot be written; the device works all the same.
     """
+    import json
+
     path = _path(record.index)
     try:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -77,6 +78,8 @@ def write(record: Record) -> None:
 
 def read(index: int) -> Record | None:
     """Give what was recorded of a device, or None if nothing (readable) was."""
+    import json
+
     try:
         data: dict[str, Any] = json.loads(_path(index).read_text())
         return Record(**data)

@@ -73,7 +73,11 @@ def run(
         files = {
             "/init": (_HERE / "stage1.sh").read_bytes(),
             "/job/guest.sh": (_HERE / "guest.sh").read_bytes(),
-            "/job/command": _script(command, environment or {}, together=together),
+            "/job/command": _script(
+                command,
+                {"NBDLINK_MACHINE": accel.name, **(environment or {})},
+                together=together,
+            ),
             "/job/rw": b"".join(os.fsencode(path.resolve()) + b"\n" for path in writable),
         }
         initrd = work / "initrd"
