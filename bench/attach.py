@@ -138,8 +138,8 @@ def table(times: dict[str, list[tuple[float, float]]], bare: float) -> str:
         )
     lines += [
         "",
-        f"A bare Python interpreter takes {bare:.3f} seconds to start and end here; most of the rest "
-        "is imports, which emulation makes about twenty times slower than a processor would. "
+        f"A bare Python interpreter takes {bare:.3f} seconds to start and end here; most of the "
+        "rest is imports, which emulation makes about twenty times slower than a processor would. "
         "nbd-client neither reads the partition table nor waits for udev, as `--no-wait` does not.",
     ]
     return "\n".join(lines) + "\n"
