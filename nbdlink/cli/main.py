@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verbose:
             set_up_logging(arguments.verbose)
         status: int = arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us: `nbdlink list >&-`
+            sys.stdout.flush()
         return status
     except NBDError as error:
         complain(error)
@@ -66,9 +67,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output left early (`nbdlink list | head -1`); that is its right.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
+    except OSError as error:
+        _drop_output()
+        what = error.filename or "the output cannot be written"
+        complain(NBDError(f"{what}: {(error.strerror or str(error)).lower()}"))
+        return 1
+    except Exception as error:
+        # A bug of ours. Whoever meets it needs a line that can be reported, not a page.
+        if arguments.verbose > 1:
+            raise
+        name = type(error).__name__
+        complain(
+            NBDError(f"unexpected {name}: {error}", hint="this is a bug; -vv shows where it is")
+        )
+        return 1
+
+
+def _drop_output() -> None:
+    """Throw away what is still buffered, which the interpreter would try to write at its end."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def complain(error: NBDError) -> None:

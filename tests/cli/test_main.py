@@ -95,6 +95,32 @@ def test_output_into_a_closed_pipe_is_no_error(tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("words", [["list", "--json"], ["doctor"]])
+def test_output_that_cannot_be_written_is_said(words):
+    command = [sys.executable, "-m", "nbdlink", *words]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr == "nbdlink: the output cannot be written: no space left on device\n"
+
+
+def test_a_closed_stdout_is_no_error():
+    command = f"{sys.executable} -m nbdlink list --json >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, timeout=100)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_bug_of_ours_is_one_line_that_can_be_reported(monkeypatch, capsys):
+    def broken(_):
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("nbdlink.cli.show.run_list", broken)
+    assert main(["list"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "nbdlink: unexpected ZeroDivisionError: division by zero"
+    assert "-vv" in lines[1]
+
+
 def test_an_interrupted_command_ends_with_130(tmp_path):
     # A listener that never answers: the command waits in its handshake until it is interrupted.
     with socket.socket(socket.AF_UNIX) as listener:
