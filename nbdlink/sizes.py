@@ -26,6 +26,21 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_seconds(text: str) -> float:
+    """Read a time in seconds, more than nothing and at most a day.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 86400:  # false for nan, too
+        raise ConfigError(f"{text!r} is not a time in seconds", hint="say 0.1 to 86400")
+    return seconds
+
+
 def format_size(size: int) -> str:
     """Write a byte count exactly, in the largest unit that needs no fraction."""
     unit = -1

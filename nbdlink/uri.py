@@ -107,7 +107,10 @@ class Target:
         path = urllib.parse.quote(self.export, safe="/")
         if path or said or self.socket is not None:
             path = "/" + path
-        words = [f"{key}={urllib.parse.quote(value)}" for key, value in said.items()]
+        words = [
+            f"{key}={urllib.parse.quote(value, errors='surrogateescape')}"
+            for key, value in said.items()
+        ]
         tail = "?" + "&".join(words) if words else ""
         return f"{scheme}://{authority}{path}{tail}"
 

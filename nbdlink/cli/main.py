@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -50,11 +51,17 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit status; argparse's own errors exit with 2."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # File names need not be text; what cannot be encoded is shown escaped.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     verb = next((word for word in words if not word.startswith("-")), None)
-    arguments = build_parser(verb if verb in VERBS else None).parse_args(words)
+    verbose = 0
     try:
-        if arguments.verbose:
-            set_up_logging(arguments.verbose)
+        arguments = build_parser(verb if verb in VERBS else None).parse_args(words)
+        verbose = arguments.verbose
+        if verbose:
+            set_up_logging(verbose)
         status: int = arguments.run(arguments)
         if sys.stdout is not None:  # closed by whoever started us: `nbdlink list >&-`
             sys.stdout.flush()
@@ -76,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         # A bug of ours. Whoever meets it needs a line that can be reported, not a page.
-        if arguments.verbose > 1:
+        if verbose > 1:
             raise
         name = type(error).__name__
         complain(
@@ -93,6 +100,8 @@ def _drop_output() -> None:
 
 def complain(error: NBDError) -> None:
     """Say on stderr what went wrong, and in a second line what to do next."""
+    if sys.stderr is None:
+        return  # closed; print would take stdout instead, which is for values
     print(f"nbdlink: {_one_line(str(error))}", file=sys.stderr)
     if error.hint:
         print(f"  hint: {_one_line(error.hint)}", file=sys.stderr)

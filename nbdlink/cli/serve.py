@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdlink.errors import ConfigError
-from nbdlink.sizes import format_size, parse_size
+from nbdlink.sizes import format_size, parse_seconds, parse_size
 from nbdlink.uri import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add(
         "--negotiation-timeout",
         metavar="S",
-        type=float,
+        type=parse_seconds,
         default=10.0,
         help="seconds a client has to choose an export (10)",
     )
@@ -55,12 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes, or until the last client has gone with `--once`."""
     from nbdlink.cli.main import set_up_logging
+    from nbdlink.cli.output import printable
     from nbdlink.server import Service
 
     if arguments.shared < 0:
         raise ConfigError("the number of clients cannot be negative", hint="0 is any number")
-    if arguments.negotiation_timeout <= 0:
-        raise ConfigError("the negotiation timeout must be longer than nothing")
     set_up_logging(arguments.verbose)
     catalogue = _catalogue(arguments)
     with contextlib.ExitStack() as undo:
@@ -80,9 +79,11 @@ def run(arguments: argparse.Namespace) -> int:
         for export in catalogue:
             access = ", read-only" if export.is_read_only else ""
             size = format_size(export.size)
-            print(f"{service.uri(export.name)} is {export.storage.name} ({size}{access})")
+            name = printable(export.storage.name)
+            print(f"{service.uri(export.name)} is {name} ({size}{access})")
         # Scripts wait for these lines: they say that clients can come.
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
 
     return service.run(ready)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from nbdlink.errors import KernelError, OptionError
-from nbdlink.sizes import format_size
+from nbdlink.sizes import format_size, parse_seconds
 
 if TYPE_CHECKING:
     from nbdlink import kernel
@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     )
     parser.add_argument("target", metavar="TARGET" if verb == "exports" else "WHAT", help=what)
     parser.add_argument(
-        "--timeout", metavar="S", type=float, default=15.0, help="seconds for the negotiation (15)"
+        "--timeout",
+        metavar="S",
+        type=parse_seconds,
+        default=15.0,
+        help="seconds for the negotiation (15)",
     )
     parser.set_defaults(run=run_exports if verb == "exports" else run_info)
 
@@ -210,9 +214,9 @@ def run_info(arguments: argparse.Namespace) -> int:
 
 def _device_index(what: str) -> int | None:
     """Tell a device (or an attached link's name) from a server."""
-    from nbdlink.link.attach import find
+    from nbdlink.link.attach import attached_records, find
 
-    if what.startswith("/dev/"):
+    if what.startswith("/dev/") or any(known.name == what for known, _ in attached_records()):
         return find(what)
     if any(c in what for c in "/:.[") and not what.removeprefix("nbd").isdigit():
         return None

@@ -128,6 +128,7 @@ class Connection:
 
     def pread(self, length: int, offset: int) -> bytearray:
         """Read `length` bytes."""
+        self._check(Command.READ, 0, offset, length, split=True)
         data = bytearray(length)
         self.pread_into(data, offset)
         return data
@@ -135,6 +136,8 @@ class Connection:
     def pread_into(self, buffer: bytearray | memoryview, offset: int) -> None:
         """Fill `buffer` with what is at `offset`."""
         view = memoryview(buffer).cast("B")
+        if view.readonly:
+            raise LocalProtocolError("the buffer to read into cannot be written")
         self._check(Command.READ, 0, offset, len(view), split=True)
         self._finish(
             [
@@ -244,8 +247,9 @@ class Connection:
             while self._driven:
                 os.eventfd_write(self._wake, 1)
                 self._turn.wait()
-            self._socket.close()
-            os.close(self._wake)
+            if self._socket.fileno() >= 0:  # another thread may have closed it meanwhile
+                self._socket.close()
+                os.close(self._wake)
 
     # Making requests.
 
@@ -394,6 +398,9 @@ class Connection:
             return
         except OSError as error:
             self._fail(TransportError(f"{self.target.address}: {reason(error)}"))
+        except BaseException:
+            self._interrupted()
+            raise
 
     def _receive_ready(self) -> None:
         reader = self._reader
@@ -414,6 +421,17 @@ class Connection:
         except RemoteProtocolError as error:
             error.args = (f"{self.target.address}: {error}",)
             self._fail(error)
+        except BaseException:
+            self._interrupted()
+            raise
+
+    def _interrupted(self) -> None:
+        """A signal handler has raised between a system call and its bookkeeping.
+
+        How far the stream is nobody knows then, and to go on would give one thread's data to
+        another.
+        """
+        self._fail(TransportError(f"{self.target.address}: interrupted during a transfer"))
 
     def _fail(self, error: NBDError) -> None:
         """The connection is dead: everything in flight fails with the first reason."""

@@ -197,7 +197,12 @@ class Negotiation:
             OptionError: the server does not tell.
         """
         replies = self._ask(OptionRequest(Option.LIST))
-        return [ExportListing.parse(reply.data) for reply in replies]
+        with self._naming_the_server():
+            return [
+                ExportListing.parse(reply.data)
+                for reply in replies
+                if reply.reply == OptionReply.SERVER
+            ]
 
     def request_structured_replies(self) -> bool:
         """Agree on structured replies, if the server knows them; never for the kernel."""
@@ -215,11 +220,12 @@ class Negotiation:
             replies = self._ask(OptionRequest(Option.LIST_META_CONTEXT, request.pack()))
         except OptionError:
             return []
-        return [
-            MetaContext.parse(reply.data).name
-            for reply in replies
-            if reply.reply == OptionReply.META_CONTEXT
-        ]
+        with self._naming_the_server():
+            return [
+                MetaContext.parse(reply.data).name
+                for reply in replies
+                if reply.reply == OptionReply.META_CONTEXT
+            ]
 
     def info(self, name: str | None = None) -> NegotiatedExport:
         """Ask about an export without choosing it.
@@ -272,7 +278,8 @@ class Negotiation:
     def _info_or_go(self, option: Option, name: str) -> NegotiatedExport:
         request = ExportRequest(name, tuple(_ASKED))
         replies = self._ask(OptionRequest(option, request.pack()), name)
-        infos = [parse_info(r.data) for r in replies if r.reply == OptionReply.INFO]
+        with self._naming_the_server():
+            infos = [parse_info(r.data) for r in replies if r.reply == OptionReply.INFO]
         return self._collect(name, infos)
 
     def _collect(self, name: str, infos: list[Info]) -> NegotiatedExport:
@@ -312,7 +319,8 @@ class Negotiation:
                 raise self._named(self._refused(reply, name))
             if reply.is_final:
                 return replies
-            replies.append(reply)
+            if reply.reply in _KNOWN_REPLIES:
+                replies.append(reply)
 
     def _refused(self, reply: Reply, name: str | None) -> OptionError:
         said = printable(reply.data)[:400]
@@ -362,6 +370,7 @@ class Negotiation:
             raise
 
 
+_KNOWN_REPLIES = frozenset(OptionReply)
 _CLIENT_FLAGS = ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES
 
 

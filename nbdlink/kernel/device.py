@@ -29,6 +29,7 @@ Road = Literal["auto", "netlink", "ioctl"]
 BUSY_SECONDS = 2.0
 """How long somebody else's glance at a free device is waited out."""
 
+_LOOK_SECONDS = 0.25
 _SMALLEST_BLOCK = 512
 _MULTI_CONN = 1 << 8
 _SIZE_LIMIT = 1 << 63
@@ -297,7 +298,7 @@ def _scan(index: int, deadline: float, udev: bool) -> tuple[Partition, ...]:
 
     while True:
         try:
-            Aside(look).result(deadline - time.monotonic())
+            _await_open(index, Aside(look), deadline)
         except TimeoutError:
             raise KernelError(
                 f"{path}: the server does not answer the first read", errno=errno.ETIMEDOUT
@@ -320,11 +321,37 @@ def _scan(index: int, deadline: float, udev: bool) -> tuple[Partition, ...]:
     # An open succeeds even if the partition table cannot be read.
     ended = sysfs.pid(index) is None or sysfs.size(index) == 0
     if ended or not sysfs.has_live_link(index):
-        raise KernelError(
-            f"{path} ended as soon as it had begun",
-            hint="the server closed the connection; see its log and `dmesg`",
-        )
+        raise _ended(index)
     return sysfs.partitions(index)
+
+
+def _await_open(index: int, look: Aside[None], deadline: float) -> None:
+    """Wait for an open to come back, which reads the partition table, unless it is in vain.
+
+    Without a connection it would come back when the request timer runs out, not before.
+
+    Raises:
+        TimeoutError: it has not come back by the deadline.
+        OSError: what the open gave.
+    """
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            look.result(min(_LOOK_SECONDS, left))
+        except TimeoutError:
+            if not sysfs.has_live_link(index):
+                raise _ended(index) from None
+            if left <= _LOOK_SECONDS:
+                raise
+        else:
+            return
+
+
+def _ended(index: int) -> KernelError:
+    return KernelError(
+        f"/dev/nbd{index} ended as soon as it had begun",
+        hint="the server closed the connection; see its log and `dmesg`",
+    )
 
 
 def _undo(index: int, road: str) -> None:

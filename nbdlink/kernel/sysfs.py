@@ -22,6 +22,9 @@ SECTOR = 512
 
 _SETTLE_SECONDS = 0.1
 
+_INDICES = 1 << 20
+"""Minor numbers have twenty bits (MINORBITS of `include/linux/kdev_t.h`)."""
+
 _BLOCK = Path("/sys/block")
 _NUMBERS = Path("/sys/dev/block")
 _PROC = Path("/proc")
@@ -194,6 +197,12 @@ def index_of(device: str, *, must_exist: bool = True) -> int:
     name = device.removeprefix("/dev/")
     if match := _DISK.match(name):
         index = int(match[1])
+        if index >= _INDICES:
+            raise KernelError(
+                f"/dev/nbd{index} cannot exist",
+                errno=errno.EINVAL,
+                hint=f"the kernel numbers devices up to {_INDICES - 1}",
+            )
         if must_exist and not exists(index):
             module.require_loaded()
             raise KernelError(

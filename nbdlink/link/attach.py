@@ -8,6 +8,7 @@ then on the kernel speaks to the server by itself, and this process may end.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import socket
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -32,6 +33,7 @@ MAX_CONNECTIONS = 64
 
 _SECTOR = 512
 _LONGEST = 86400
+_LONGEST_IDENTIFIER = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +101,31 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
     """Bind an export as `spec` says; see `attach`."""
     _check(spec)
     index = kernel.index_of(spec.device, must_exist=False) if spec.device else None
-    if spec.name and (existing := _same_link(spec, index)):
-        return existing
     with contextlib.ExitStack() as stack:
+        if spec.name:
+            # Two at once must not both find the name unused.
+            stack.enter_context(record.locked())
+            if existing := _same_link(spec, index):
+                return existing
         sockets, export = _negotiate_all(spec, stack)
         binding = _binding(spec, index, [s.fileno() for s in sockets], export)
         device = kernel.attach(binding, road=spec.road, wait=spec.wait)
-    try:
-        record.write(_record(spec, binding, device))
-    except NBDError as error:
-        # The device is there and works; only its name and its target will not be known.
-        import logging  # takes longer than the whole hand-over; the good case needs none
-
-        logging.getLogger("nbdlink.link").warning("%s", error)
+        try:
+            record.write(_record(spec, binding, device))
+        except NBDError as error:
+            # The device is there and works; only its name and its target will not be known.
+            _warn(str(error))
+    if tail := export.size % binding.block_size:
+        _warn(
+            f"{device.path}: the export's last {tail} bytes do not fill a block; they are cut off"
+        )
     return device
+
+
+def _warn(message: str) -> None:
+    import logging  # takes longer than the whole hand-over; the good case needs none
+
+    logging.getLogger("nbdlink.link").warning("%s", message)
 
 
 def _record(spec: LinkSpec, binding: kernel.Binding, device: kernel.Device) -> record.Record:
@@ -140,6 +153,12 @@ def _check(spec: LinkSpec) -> None:
     if not 1 <= spec.connections <= MAX_CONNECTIONS:
         raise ConfigError(
             f"{spec.connections} connections are not possible", hint=f"use 1 to {MAX_CONNECTIONS}"
+        )
+    size = spec.block_size
+    if size is not None and (not _SECTOR <= size <= mmap.PAGESIZE or size & (size - 1)):
+        raise ConfigError(
+            f"a block size of {size} bytes is not possible",
+            hint=f"the kernel takes a power of two from {_SECTOR} to {mmap.PAGESIZE}",
         )
     if not 1 <= spec.timeout <= _LONGEST:
         # 0 would not mean "none": the kernel then falls back to 30 seconds.
@@ -219,7 +238,12 @@ def _binding(
     spec: LinkSpec, index: int | None, descriptors: list[int], export: NegotiatedExport
 ) -> kernel.Binding:
     minimum = max(_SECTOR, export.minimum_block)
-    block_size = spec.block_size or minimum
+    block_size = minimum if spec.block_size is None else spec.block_size
+    if minimum > mmap.PAGESIZE:
+        raise ConfigError(
+            f"{spec.target.address}: the server demands blocks of {minimum} bytes; the kernel "
+            f"takes at most {mmap.PAGESIZE}"
+        )
     if block_size < export.minimum_block:
         raise ConfigError(
             f"{spec.target.address}: a block size of {block_size} is below the server's minimum "
@@ -239,9 +263,23 @@ def _binding(
         block_size=block_size,
         timeout=spec.timeout,
         dead_timeout=spec.dead_timeout,
-        identifier=f"nbdlink:{spec.name or spec.target}",
+        identifier=_identifier(spec),
         index=index,
     )
+
+
+def _identifier(spec: LinkSpec) -> str:
+    """Give what the kernel shall show as the device's backend.
+
+    The kernel prints it into one page without looking at its length (`backend_show` in
+    drivers/block/nbd.c), so what is long is told by its digest.
+    """
+    text = f"nbdlink:{spec.name or spec.target}"
+    if len(text.encode()) <= _LONGEST_IDENTIFIER:
+        return text
+    import hashlib
+
+    return f"nbdlink:sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:

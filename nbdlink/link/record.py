@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,28 @@ def write(record: Record) -> None:
         temporary.rename(path)
     except OSError as error:
         raise NBDError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """Keep other processes from attaching links by name meanwhile.
+
+    Raises:
+        NBDError: the directory cannot be written, so names cannot be kept.
+    """
+    import fcntl
+
+    try:
+        DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = (DIRECTORY / "lock").open("w")
+    except OSError as error:
+        raise NBDError(
+            f"{DIRECTORY} cannot be written, and names are kept there: {error.strerror}",
+            hint="run it as root, or attach without --name",
+        ) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read(index: int) -> Record | None:

@@ -40,6 +40,9 @@ MAX_OPTIONS: Final = 1024
 MAX_OPTION_REPLIES: Final = 16 * 1024
 """Replies to one option that a client reads (an export list has one for each export)."""
 
+MAX_OPTION_REPLY_BYTES: Final = 16 * 1024 * 1024
+"""Bytes in all replies to one option together that a client takes."""
+
 DEFAULT_MINIMUM_BLOCK: Final = 1
 DEFAULT_PREFERRED_BLOCK: Final = 4096
 DEFAULT_MAXIMUM_PAYLOAD: Final = 32 * 1024 * 1024

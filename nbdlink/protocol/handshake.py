@@ -33,6 +33,7 @@ from nbdlink.protocol.constants import (
     INIT_PASSWD,
     MAX_OPTION_DATA,
     MAX_OPTION_REPLIES,
+    MAX_OPTION_REPLY_BYTES,
     MAX_OPTIONS,
     MAX_SKIPPED_OPTION_DATA,
     OLDSTYLE_MAGIC,
@@ -130,6 +131,7 @@ class Handshake:
         self._offered = HandshakeFlag(0)
         self._options = 0
         self._replies = 0
+        self._reply_bytes = 0
         self._info_export_seen = False
         self._buffer = bytearray()
         self._skip = 0
@@ -243,6 +245,11 @@ class Handshake:
             raise _BrokenRuleError(
                 f"sent {reply_name(message.reply)} in reply to {option_name(message.option)}"
             )
+        if self._reply_bytes + len(message.data) > MAX_OPTION_REPLY_BYTES:
+            raise _BrokenRuleError(
+                f"sent more than {MAX_OPTION_REPLY_BYTES} bytes of replies to "
+                f"{option_name(message.option)}"
+            )
         if self._replies >= MAX_OPTION_REPLIES:
             raise _BrokenRuleError(
                 f"sent more than {MAX_OPTION_REPLIES} replies to {option_name(message.option)}"
@@ -266,12 +273,13 @@ class Handshake:
         elif isinstance(message, OptionRequest):
             self.option = message.option
             self._options += 1
-            self._replies = 0
+            self._replies = self._reply_bytes = 0
             self._info_export_seen = False
             naming = message.option == Option.EXPORT_NAME
             self.state = State.NAMING if naming else State.REPLYING
         elif isinstance(message, Reply):
             self._replies += 1
+            self._reply_bytes += len(message.data)
             if message.reply == OptionReply.INFO and message.data[:2] == _EXPORT_INFO:
                 self._info_export_seen = True
             if message.is_final:

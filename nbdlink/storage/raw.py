@@ -170,6 +170,12 @@ class RawStorage(Storage):
                 self._dsync = 0  # this file system does not know RWF_DSYNC
                 self._write_through(buffer, position)
                 return
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                # Most likely there was no room, and nothing has been lost. A plain write says
+                # the same again; if it does not, it was the write-back that failed.
+                self._write(buffer, position, 0)
+                self._sync()
+                return
             self._note_lost(error)
             raise
 

@@ -183,6 +183,8 @@ def listen_tcp(host: str | None, port: int) -> list[socket.socket]:
                     continue
                 raise
             sock.listen(BACKLOG)
+    except UnicodeError:
+        raise TransportError(f"cannot listen on {where}: that is not a host name") from None
     except OSError as error:
         for sock in listeners:
             sock.close()

@@ -67,8 +67,15 @@ def test_a_wrong_command_line_ends_with_2(words, capsys):
         (["serve", "a", "b", "-x", "c"], 2, "for a single storage"),
         (["serve", "a", "-p", "65536"], 1, "cannot be opened"),
         (["serve", "a", "-e", "-1"], 2, "cannot be negative"),
-        (["serve", "a", "--negotiation-timeout", "0"], 2, "longer than nothing"),
+        (["serve", "a", "--negotiation-timeout", "0"], 2, "is not a time in seconds"),
         (["serve", "a", "-o", "-5"], 2, "is not a size"),
+        (["serve", "-b", "a..b", str(MAN / "nbdlink.8")], 1, "is not a host name"),
+        (["info", "h", "--timeout", "nan"], 2, "'nan' is not a time"),
+        (["info", "h", "--timeout", "inf"], 2, "'inf' is not a time"),
+        (["exports", "h", "--timeout", "-1"], 2, "'-1' is not a time"),
+        (["attach", "h", "--block-size", "0"], 2, "block size of 0"),
+        (["attach", "h", "--block-size", "8K"], 2, "block size of 8192"),
+        (["attach", "h", "/dev/nbd4294967296"], 1, "cannot exist"),
     ],
 )
 def test_a_mistake_gets_one_clear_line_and_its_status(words, status, says, capsys):

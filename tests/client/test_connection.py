@@ -238,6 +238,37 @@ def test_threads_share_a_connection(liar):
     assert not wrong
 
 
+def test_an_interrupted_transfer_ends_the_connection(liar, monkeypatch):
+    # As a signal handler does that raises after the bytes were taken and before they count.
+    with nbdlink.connect(liar(serving(answer)).target) as nbd:
+        received = nbd._reader.received
+
+        def interrupted(count):
+            monkeypatch.setattr(nbd._reader, "received", received)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(nbd._reader, "received", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            nbd.pread(10, 0)
+        with pytest.raises(NBDError, match="interrupted during a transfer"):
+            nbd.pread(10, 0)
+
+
+def test_a_buffer_that_cannot_be_written_is_refused(liar):
+    with nbdlink.connect(liar(serving(answer)).target) as nbd:
+        with pytest.raises(LocalProtocolError, match="cannot be written"):
+            nbd.pread_into(memoryview(b"x"), 0)
+        assert nbd.pread(1, 0) == b"\0"
+
+
+def test_a_read_far_past_the_end_takes_no_memory(liar):
+    with (
+        nbdlink.connect(liar(serving(answer)).target) as nbd,
+        pytest.raises(LocalProtocolError, match="ends at"),
+    ):
+        nbd.pread(1 << 60, 0)
+
+
 def test_closing_wakes_a_thread_that_waits(liar):
     arrived = threading.Event()
     failed = []

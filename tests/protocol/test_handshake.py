@@ -12,6 +12,7 @@ from nbdlink.errors import LocalProtocolError, OldstyleServerError, RemoteProtoc
 from nbdlink.protocol.constants import (
     MAX_OPTION_DATA,
     MAX_OPTION_REPLIES,
+    MAX_OPTION_REPLY_BYTES,
     MAX_OPTIONS,
     ClientFlag,
     HandshakeFlag,
@@ -288,6 +289,16 @@ def test_endless_replies_come_to_an_end():
     for _ in range(MAX_OPTION_REPLIES):
         assert client.next_message() == noise
     with pytest.raises(RemoteProtocolError, match="more than"):
+        client.next_message()
+
+
+def test_replies_that_would_fill_the_memory_come_to_an_end():
+    noise = Reply(Option.GO, 99, bytes(MAX_OPTION_DATA))
+    client = replied(noise.pack())
+    for _ in range(MAX_OPTION_REPLY_BYTES // MAX_OPTION_DATA):
+        assert client.next_message() == noise
+        client.receive_data(noise.pack())
+    with pytest.raises(RemoteProtocolError, match="bytes of replies"):
         client.next_message()
 
 
