@@ -17,7 +17,9 @@ STATE_STYLES = {"attached": "green", "ok": "green", "warning": "yellow", "unknow
 
 def print_json(value: Any) -> None:
     """Print `value` as indented JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    # On a terminal nothing but ASCII: a server's words might steer it otherwise.
+    ascii_only = sys.stdout is not None and sys.stdout.isatty()
+    print(json.dumps(value, indent=2, ensure_ascii=ascii_only, default=str))
 
 
 def printable(value: object) -> str:

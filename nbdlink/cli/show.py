@@ -7,6 +7,8 @@ keys of an export are those of nbdinfo, so that scripts can read either.
 from __future__ import annotations
 
 import argparse
+import errno
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -53,13 +55,13 @@ def run_list(arguments: argparse.Namespace) -> int:
     from nbdlink.link.attach import attached, attached_records
 
     devices = attached(probe=arguments.probe)
+    if any(device.probe_errno in (errno.EPERM, errno.EACCES) for device in devices):
+        print("nbdlink: --probe reads the devices, which takes root", file=sys.stderr)
     records = {known.index: known for known, _ in attached_records()}
     sheets = [_device_sheet(device, records.get(device.index)) for device in devices]
     if arguments.json:
         output.print_json(sheets)
     elif not sheets:
-        import sys
-
         print("nothing is attached", file=sys.stderr)
     else:
         columns = ("device", "name", "size", "state", "target", "connections", "mounted on")

@@ -57,7 +57,10 @@ class Guard:
             answer = os.dup(starter.stdout.fileno())
         try:
             before = progress()
-            while not select.select([answer], [], [], seconds)[0]:
+            # Not select.select, which takes no descriptor above 1023.
+            poll = select.poll()
+            poll.register(answer, select.POLLIN)
+            while not poll.poll(seconds * 1000):
                 now = progress()
                 if now == before:
                     raise TimeoutError
