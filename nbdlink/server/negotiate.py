@@ -10,7 +10,7 @@ belong to later extensions are answered "unsupported", which clients must be rea
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,10 +68,19 @@ class Negotiation:
         export: what the client chose, once transmission begins.
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
-        """Begin a handshake that offers the exports of `catalogue`."""
+    def __init__(
+        self, catalogue: Catalogue, is_closing: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Begin a handshake.
+
+        Args:
+            catalogue: the exports to offer.
+            is_closing: tells whether the server is about to stop; from then on every option
+                that would lead to transmission is answered ERR_SHUTDOWN.
+        """
         self._machine = Handshake(Role.SERVER)
         self._catalogue = catalogue
+        self._is_closing = is_closing
         self.export: Export | None = None
 
     def greeting(self) -> bytes:
@@ -119,6 +128,8 @@ class Negotiation:
     def _answer_export_name(self, request: OptionRequest) -> bytes:
         if request.oversized:
             raise RemoteProtocolError(f"an export's name of {request.oversized} bytes")
+        if self._is_closing():
+            raise RemoteProtocolError("it came while the server is shutting down")
         name = parse_export_name(request.data)
         export = self._catalogue.find(name)
         if export is None:
@@ -133,6 +144,8 @@ class Negotiation:
         if request.oversized:
             words = f"{request.oversized} bytes of data; at most {MAX_OPTION_DATA} are read"
             return [_refusal(request, OptionReply.ERR_TOO_BIG, words)]
+        if self._is_closing():
+            return [_refusal(request, OptionReply.ERR_SHUTDOWN, "the server is shutting down")]
         match request.option:
             case Option.LIST:
                 return self._list(request)
@@ -187,17 +200,20 @@ def _short(name: str) -> str:
 
 
 def negotiate(
-    sock: socket.socket, catalogue: Catalogue, deadline: Deadline
+    sock: socket.socket,
+    catalogue: Catalogue,
+    deadline: Deadline,
+    is_closing: Callable[[], bool] = lambda: False,
 ) -> NegotiatedSession | None:
     """Do the handshake over `sock`; None if the client left without choosing an export.
 
-    The socket is left blocking, without a timeout.
+    The socket is left blocking, without a timeout. For `is_closing` see `Negotiation`.
 
     Raises:
         TransportError: the deadline passed, or the connection broke.
         RemoteProtocolError: the client broke the protocol.
     """
-    negotiation = Negotiation(catalogue)
+    negotiation = Negotiation(catalogue, is_closing)
     stream.send(sock, negotiation.greeting(), deadline)
     while (session := negotiation.session()) is None:
         data = stream.receive(sock, deadline)
