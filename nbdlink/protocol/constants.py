@@ -21,6 +21,8 @@ OLDSTYLE_MAGIC: Final = 0x0000420281861253
 REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_REPLY_MAGIC: Final = 0x67446698
 STRUCTURED_REPLY_MAGIC: Final = 0x668E33EF
+EXTENDED_REQUEST_MAGIC: Final = 0x21E41C71
+EXTENDED_REPLY_MAGIC: Final = 0x6E8A278C
 
 # Zeroes that end the answer to EXPORT_NAME unless NO_ZEROES was agreed on.
 EXPORT_NAME_ZEROES: Final = 124
@@ -49,6 +51,12 @@ DEFAULT_MAXIMUM_PAYLOAD: Final = 32 * 1024 * 1024
 """Size constraints in bytes where none are advertised ("Size constraints")."""
 
 MAX_MINIMUM_BLOCK: Final = 64 * 1024
+
+MAX_EXTENTS: Final = 1 << 20
+"""Extents in one block status chunk ("Structured reply types": servers SHOULD send no more)."""
+
+ALLOCATION_CONTEXT: Final = "base:allocation"
+"""The metadata context that the specification itself defines."""
 
 MAX_EXPORT_SIZE: Final = 2**63 - 1
 """Bytes; the largest file offset that Linux has (off_t, loff_t)."""
@@ -157,6 +165,43 @@ class CommandFlag(enum.IntFlag):
     REQ_ONE = 1 << 3
     FAST_ZERO = 1 << 4
     PAYLOAD_LEN = 1 << 5
+
+
+class HeaderStyle(enum.IntEnum):
+    """Which headers the transmission phase uses, as the handshake agreed; later ones win."""
+
+    SIMPLE = 0
+    STRUCTURED = 1
+    EXTENDED = 2
+
+
+class ReplyFlag(enum.IntFlag):
+    """Flags of a structured or extended reply chunk."""
+
+    DONE = 1 << 0
+
+
+class ReplyType(enum.IntEnum):
+    """Types of structured and extended reply chunks; errors have bit 15 set."""
+
+    NONE = 0
+    OFFSET_DATA = 1
+    OFFSET_HOLE = 2
+    BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
+    ERROR = 0x8001
+    ERROR_OFFSET = 0x8002
+
+
+REPLY_TYPE_ERROR: Final = 0x8000
+"""The bit that marks a reply chunk as an error."""
+
+
+class AllocationFlag(enum.IntFlag):
+    """What the `base:allocation` context says of an extent; neither means data."""
+
+    HOLE = 1 << 0
+    ZERO = 1 << 1
 
 
 class Error(enum.IntEnum):

@@ -15,6 +15,7 @@ from typing import Final
 
 from nbdlink.errors import LocalProtocolError, RemoteProtocolError
 from nbdlink.protocol.constants import (
+    EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
     Command,
@@ -27,19 +28,23 @@ from nbdlink.protocol.constants import (
 REQUEST: Final = struct.Struct(">IHHQQI")
 """Magic, command flags, type, cookie, offset, length."""
 
+EXTENDED_REQUEST: Final = struct.Struct(">IHHQQQ")
+"""Magic, command flags, type, cookie, offset, payload or effect length."""
+
 SIMPLE_REPLY: Final = struct.Struct(">IIQ")
 """Magic, error, cookie."""
 
 _FLAGS_OF_COMMAND: Final[dict[int, CommandFlag]] = {
     # FUA is allowed on every command once it was offered, though it means something only on
     # those that write (specification, "Command flags").
-    Command.READ: CommandFlag.FUA,
+    Command.READ: CommandFlag.FUA | CommandFlag.DF,
     Command.WRITE: CommandFlag.FUA,
     Command.DISC: CommandFlag.FUA,
     Command.FLUSH: CommandFlag.FUA,
     Command.TRIM: CommandFlag.FUA,
     Command.CACHE: CommandFlag.FUA,
     Command.WRITE_ZEROES: CommandFlag.FUA | CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO,
+    Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
 }
 
 _NEEDS: Final[dict[int, int]] = {
@@ -55,13 +60,13 @@ _HAS_PAYLOAD_LENGTH: Final = frozenset({Command.READ, Command.WRITE})
 
 @dataclass(frozen=True, slots=True)
 class RequestHeader:
-    """One request, without a write's payload.
+    """One request, without its payload.
 
     Attributes:
         command: the type; an unknown number is kept as it came.
         cookie: what the reply will carry.
         offset: bytes from the export's start.
-        length: bytes.
+        length: bytes of the export that it is about, or of the payload where it has one.
         flags: command flags; unknown bits are kept.
     """
 
@@ -73,7 +78,7 @@ class RequestHeader:
 
     @property
     def payload_length(self) -> int:
-        """Bytes that follow the header."""
+        """Bytes that follow the header in the simple style."""
         return self.length if self.command == Command.WRITE else 0
 
     def pack(self) -> bytes:
@@ -91,6 +96,37 @@ class RequestHeader:
                 f"{command_name(self.command)} at {self.offset} for {self.length} bytes "
                 "does not fit into a request"
             ) from None
+
+    def pack_extended(self) -> bytes:
+        """Give the 32 bytes of the header in the extended style; a write says its payload.
+
+        Raises:
+            LocalProtocolError: a number does not fit into its field.
+        """
+        flags = self.flags
+        if self.command == Command.WRITE:
+            flags |= CommandFlag.PAYLOAD_LEN
+        try:
+            return EXTENDED_REQUEST.pack(
+                EXTENDED_REQUEST_MAGIC, flags, self.command, self.cookie, self.offset, self.length
+            )
+        except struct.error:
+            raise LocalProtocolError(
+                f"{command_name(self.command)} at {self.offset} for {self.length} bytes "
+                "does not fit into a request"
+            ) from None
+
+    @classmethod
+    def parse_extended(cls, data: bytes | bytearray | memoryview) -> RequestHeader:
+        """Read the first 32 bytes of `data` as a header in the extended style.
+
+        Raises:
+            RemoteProtocolError: the magic is wrong; nothing that follows can be trusted.
+        """
+        magic, flags, command, cookie, offset, length = EXTENDED_REQUEST.unpack_from(data)
+        if magic != EXTENDED_REQUEST_MAGIC:
+            raise RemoteProtocolError(f"a request begins with the wrong magic {magic:#010x}")
+        return cls(command, cookie, offset, length, flags)
 
     @classmethod
     def parse(cls, data: bytes | bytearray | memoryview) -> RequestHeader:
@@ -114,28 +150,35 @@ class RequestRules:
         flags: its transmission flags.
         minimum_block: alignment that the client promised to keep; 1 if it promised nothing.
         maximum_payload: the longest read or write in bytes.
+        has_contexts: whether metadata contexts were selected, so that BLOCK_STATUS may be asked.
     """
 
     size: int
     flags: TransmissionFlag
     minimum_block: int
     maximum_payload: int
+    has_contexts: bool = False
 
     def check(self, command: int, flags: int, offset: int, length: int) -> int:
         """Say which `Error` a request deserves, or 0 if it is fine.
 
         The errors are those of the specification's "Error values": EPERM for a write to a
-        read-only export, ENOSPC for a write past the end, EINVAL for the rest.
+        read-only export, ENOSPC for a write past the end, EINVAL for the rest. PAYLOAD_LEN
+        belongs to the header and not to the command: it must have been taken out of `flags`.
         """
         if command not in _FLAGS_OF_COMMAND:
+            return Error.EINVAL
+        if command == Command.BLOCK_STATUS and not self.has_contexts:
             return Error.EINVAL
         # Plain integers: the complement of an IntFlag would leave unknown bits out.
         allowed = int(_FLAGS_OF_COMMAND[command])
         has = int(self.flags)
         if not has & TransmissionFlag.SEND_FUA:
-            allowed &= ~CommandFlag.FUA
+            allowed &= ~int(CommandFlag.FUA)
         if not has & TransmissionFlag.SEND_FAST_ZERO:
-            allowed &= ~CommandFlag.FAST_ZERO
+            allowed &= ~int(CommandFlag.FAST_ZERO)
+        if not has & TransmissionFlag.SEND_DF:
+            allowed &= ~int(CommandFlag.DF)
         if flags & ~allowed or _NEEDS.get(command, 0) & ~has:
             # A read-only export offers neither trim nor zeroes; the error a person can act on
             # is the one about writing.
