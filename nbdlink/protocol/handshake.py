@@ -15,7 +15,11 @@ other in memory. In words (specification, "Handshake"):
          TRANSMISSION;
       c. an acknowledged STARTTLS begins STARTING_TLS: no plain byte may follow. `tls_started`
          goes back to HAGGLING with everything said before forgotten.
- 5. NAMING: the server answers EXPORT_NAME, which begins TRANSMISSION, or hangs up.
+ 5. NAMING: the server answers EXPORT_NAME, which begins TRANSMISSION, or hangs up. Once
+    extended headers were agreed on, EXPORT_NAME may not be sent any more.
+ 6. The acknowledgements of STRUCTURED_REPLY and EXTENDED_HEADERS set the style of headers that
+    transmission will have; the richer one wins, and STARTTLS goes back to simple ones. Without
+    either, a client does not send SET_META_CONTEXT.
 
 Sending out of turn raises `LocalProtocolError` and changes nothing. Receiving out of turn, or
 anything that breaks a limit, raises `RemoteProtocolError`, after which the machine is CLOSED.
@@ -40,6 +44,7 @@ from nbdlink.protocol.constants import (
     OPTION_REPLY_MAGIC,
     ClientFlag,
     HandshakeFlag,
+    HeaderStyle,
     InfoType,
     Option,
     OptionReply,
@@ -120,6 +125,7 @@ class Handshake:
         fixed: whether both sides agreed on fixed newstyle.
         zeroes: whether the answer to EXPORT_NAME ends in 124 zeroes.
         option: the option being answered, or None.
+        style: which headers transmission will have, as far as agreed on.
     """
 
     def __init__(self, role: Role) -> None:
@@ -128,6 +134,7 @@ class Handshake:
         self.fixed = False
         self.zeroes = True
         self.option: int | None = None
+        self.style = HeaderStyle.SIMPLE
         self._offered = HandshakeFlag(0)
         self._options = 0
         self._replies = 0
@@ -233,6 +240,15 @@ class Handshake:
                 raise _BrokenRuleError(f"sent {option_name(message.option)} without fixed newstyle")
             if self._options >= MAX_OPTIONS:
                 raise _BrokenRuleError(f"sent more than {MAX_OPTIONS} options")
+            if message.option == Option.EXPORT_NAME and self.style == HeaderStyle.EXTENDED:
+                raise _BrokenRuleError("sent NBD_OPT_EXPORT_NAME after extended headers")
+            # A server answers it with an error, and goes on.
+            if (
+                message.option == Option.SET_META_CONTEXT
+                and self.role is Role.CLIENT
+                and self.style == HeaderStyle.SIMPLE
+            ):
+                raise _BrokenRuleError("sent NBD_OPT_SET_META_CONTEXT before structured replies")
         elif isinstance(message, Reply):
             self._check_reply(message)
 
@@ -297,7 +313,12 @@ class Handshake:
                 case Option.ABORT:
                     return State.CLOSED
                 case Option.STARTTLS:
+                    self.style = HeaderStyle.SIMPLE
                     return State.STARTING_TLS
+                case Option.STRUCTURED_REPLY:
+                    self.style = max(self.style, HeaderStyle.STRUCTURED)
+                case Option.EXTENDED_HEADERS:
+                    self.style = HeaderStyle.EXTENDED
         return State.HAGGLING
 
     # Parsing. Nothing is taken out of the buffer before a message is there in whole.

@@ -1,7 +1,7 @@
 """The transmission phase: request and reply headers, and the rules that requests obey.
 
 The `Struct`s are public because loops that serve a hundred thousand requests a second use
-them directly; everything else goes through `RequestHeader` and `ReplyReader`.
+them directly. Replies are read by `replies`.
 
 Sizes and offsets are in bytes. Cookies are opaque 64-bit numbers that the client chooses
 (specification, "Ordering of messages and writes").
@@ -168,7 +168,7 @@ class RequestRules:
         """
         if command not in _FLAGS_OF_COMMAND:
             return Error.EINVAL
-        if command == Command.BLOCK_STATUS and not self.has_contexts:
+        if command == Command.BLOCK_STATUS and not (self.has_contexts and length):
             return Error.EINVAL
         # Plain integers: the complement of an IntFlag would leave unknown bits out.
         allowed = int(_FLAGS_OF_COMMAND[command])
@@ -212,74 +212,3 @@ def known_error(value: int) -> int:
 
 
 _ERRORS: Final = frozenset({0, *Error})
-
-
-class ReplyReader:
-    """Takes simple replies off a stream, each payload straight into its owner's buffer.
-
-    The caller asks `buffer` where the next bytes belong, receives into it, and reports how
-    many came to `received`, which gives the reply that they complete, if any. So a read's
-    payload is never copied, and no byte behind a reply is ever taken off the stream.
-    """
-
-    def __init__(self) -> None:
-        self._header = memoryview(bytearray(SIMPLE_REPLY.size))
-        self._target = self._header
-        self._filled = 0
-        self._pending: dict[int, memoryview | None] = {}
-        self._cookie: int | None = None
-
-    def expect(self, cookie: int, payload: memoryview | None = None) -> None:
-        """Say that a request is on its way, and where its data shall go, if it has any.
-
-        Raises:
-            LocalProtocolError: a request with that cookie is on its way already.
-        """
-        if cookie in self._pending:
-            raise LocalProtocolError(f"the cookie {cookie} is in use")
-        self._pending[cookie] = payload
-
-    @property
-    def outstanding(self) -> int:
-        """How many requests have no reply yet."""
-        return len(self._pending)
-
-    def buffer(self) -> memoryview:
-        """Give the place where the next received bytes belong; never empty."""
-        return self._target[self._filled :]
-
-    def received(self, count: int) -> tuple[int, int] | None:
-        """Take note of `count` bytes in `buffer()`; give (cookie, error) of a complete reply.
-
-        Raises:
-            RemoteProtocolError: the stream ended (`count` is 0), or the reply is malformed or
-                answers nothing that was asked.
-        """
-        if not count:
-            if self._target is self._header and not self._filled and not self._pending:
-                raise RemoteProtocolError("the server closed the connection")
-            raise RemoteProtocolError(
-                f"the server closed the connection with {self.outstanding} requests unanswered"
-            )
-        self._filled += count
-        if self._filled < len(self._target):
-            return None
-        self._filled = 0
-        if self._cookie is not None:
-            done, self._cookie, self._target = self._cookie, None, self._header
-            del self._pending[done]
-            return done, 0
-        magic, error, cookie = SIMPLE_REPLY.unpack(self._header)
-        if magic != SIMPLE_REPLY_MAGIC:
-            raise RemoteProtocolError(f"a reply begins with the wrong magic {magic:#010x}")
-        try:
-            payload = self._pending[cookie]
-        except KeyError:
-            raise RemoteProtocolError(
-                f"the server answered a request that was never made (cookie {cookie:#x})"
-            ) from None
-        if error or not payload:
-            del self._pending[cookie]
-            return cookie, error
-        self._cookie, self._target = cookie, payload
-        return None

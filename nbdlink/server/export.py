@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nbdlink.errors import ConfigError, LocalProtocolError
-from nbdlink.protocol.constants import TransmissionFlag
+from nbdlink.protocol.constants import HeaderStyle, TransmissionFlag
 from nbdlink.protocol.messages import BlockSizeInfo, ExportListing
 from nbdlink.protocol.transmission import RequestRules
 from nbdlink.storage.base import Storage
@@ -59,11 +59,21 @@ class Export:
             storage.minimum_block, storage.preferred_block, storage.maximum_payload
         )
 
-    @property
-    def flags(self) -> TransmissionFlag:
-        """What the export can do."""
+    def flags(
+        self, style: HeaderStyle = HeaderStyle.SIMPLE, *, with_contexts: bool = False
+    ) -> TransmissionFlag:
+        """Say what the export can do for a client that agreed on a style of headers.
+
+        Args:
+            style: the headers; some abilities need replies in chunks.
+            with_contexts: whether the client has selected metadata contexts.
+        """
         storage = self.storage
         flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+        if style != HeaderStyle.SIMPLE:
+            flags |= TransmissionFlag.SEND_DF
+        if style == HeaderStyle.EXTENDED and with_contexts:
+            flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
         if storage.is_rotational:
             flags |= TransmissionFlag.ROTATIONAL
         if storage.can_cache:
@@ -80,15 +90,22 @@ class Export:
                 flags |= TransmissionFlag.SEND_FAST_ZERO
         return flags
 
-    @property
-    def rules(self) -> RequestRules:
-        """What requests must keep to.
+    def rules(
+        self, style: HeaderStyle = HeaderStyle.SIMPLE, *, with_contexts: bool = False
+    ) -> RequestRules:
+        """Say what requests must keep to; for the arguments see `flags`.
 
         The same for every client: one that never asked for block sizes and sends unaligned
         requests gets errors, not corrupt data (specification, "Size constraints").
         """
         storage = self.storage
-        return RequestRules(self.size, self.flags, storage.minimum_block, storage.maximum_payload)
+        return RequestRules(
+            self.size,
+            self.flags(style, with_contexts=with_contexts),
+            storage.minimum_block,
+            storage.maximum_payload,
+            with_contexts,
+        )
 
 
 class Catalogue:

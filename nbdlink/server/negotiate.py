@@ -3,15 +3,15 @@
 `Negotiation` decides and does no I/O: bytes in, answers out, so it can be run against the
 client's machine in memory. `negotiate` is the small driver that does it over a socket.
 
-The server runs without TLS so far ("NOTLS mode"), and with simple replies only: options that
-belong to later extensions are answered "unsupported", which clients must be ready for.
+The server runs without TLS so far ("NOTLS mode"). It knows all three styles of headers, of
+which the client's last choice counts; a client that asks for none gets simple replies.
 """
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from nbdlink.errors import RemoteProtocolError
@@ -19,9 +19,11 @@ from nbdlink.protocol.constants import (
     MAX_OPTION_DATA,
     MAX_OPTION_REPLIES,
     HandshakeFlag,
+    HeaderStyle,
     InfoType,
     Option,
     OptionReply,
+    TransmissionFlag,
     option_name,
 )
 from nbdlink.protocol.handshake import Handshake, Role, State
@@ -32,6 +34,8 @@ from nbdlink.protocol.messages import (
     ExportNameAnswer,
     ExportRequest,
     Greeting,
+    MetaContext,
+    MetaContextRequest,
     NameInfo,
     OptionRequest,
     Reply,
@@ -52,13 +56,20 @@ class NegotiatedSession:
 
     Attributes:
         export: what the client chose.
-        rules: what its requests must keep to.
         trailing: bytes that the client has sent behind the handshake already.
+        style: which headers the requests and replies have.
+        contexts: the metadata contexts that the client selected, by id.
     """
 
     export: Export
-    rules: RequestRules
-    trailing: bytes
+    trailing: bytes = b""
+    style: HeaderStyle = HeaderStyle.SIMPLE
+    contexts: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def rules(self) -> RequestRules:
+        """What the client's requests must keep to."""
+        return self.export.rules(self.style, with_contexts=bool(self.contexts))
 
 
 class Negotiation:
@@ -82,6 +93,9 @@ class Negotiation:
         self._catalogue = catalogue
         self._is_closing = is_closing
         self.export: Export | None = None
+        # What was selected last: contexts by id, and the export that they were selected for.
+        self._contexts: dict[int, str] = {}
+        self._contexts_of = ""
 
     def greeting(self) -> bytes:
         """Give the server's first words."""
@@ -108,7 +122,12 @@ class Negotiation:
         """Give the result, or None as long as there is none."""
         if self.export is None:
             return None
-        return NegotiatedSession(self.export, self.export.rules, self._machine.trailing_data)
+        return NegotiatedSession(
+            self.export,
+            self._machine.trailing_data,
+            self._machine.style,
+            self._selected(self.export),
+        )
 
     @property
     def ended(self) -> bool:
@@ -135,7 +154,7 @@ class Negotiation:
         if export is None:
             raise RemoteProtocolError(f"there is no export {_short(name)}")
         self.export = export
-        return self._machine.send(ExportNameAnswer(export.size, export.flags))
+        return self._machine.send(ExportNameAnswer(export.size, self._flags(export)))
 
     def _replies(self, request: OptionRequest) -> list[Reply]:
         """Decide what to reply to any option but EXPORT_NAME."""
@@ -151,6 +170,10 @@ class Negotiation:
                 return self._list(request)
             case Option.INFO | Option.GO:
                 return self._describe(request)
+            case Option.STRUCTURED_REPLY | Option.EXTENDED_HEADERS:
+                return self._change_style(request)
+            case Option.LIST_META_CONTEXT | Option.SET_META_CONTEXT:
+                return self._meta_context(request)
             case Option.STARTTLS if request.data:
                 return [_refusal(request, OptionReply.ERR_INVALID, "STARTTLS takes no data")]
         words = f"{option_name(request.option)} is not supported"
@@ -177,7 +200,7 @@ class Negotiation:
         if export is None:
             words = f"there is no export {_short(asked.name)}"
             return [_refusal(request, OptionReply.ERR_UNKNOWN, words)]
-        information = [ExportInfo(export.size, export.flags).pack()]
+        information = [ExportInfo(export.size, self._flags(export)).pack()]
         if InfoType.NAME in asked.requests:
             information.append(NameInfo(export.name).pack())
         if InfoType.DESCRIPTION in asked.requests and export.description:
@@ -188,6 +211,67 @@ class Negotiation:
             self.export = export
         replies = [Reply(request.option, OptionReply.INFO, data) for data in information]
         return [*replies, Reply(request.option, OptionReply.ACK)]
+
+    def _change_style(self, request: OptionRequest) -> list[Reply]:
+        if request.data:
+            words = f"{option_name(request.option)} takes no data"
+            return [_refusal(request, OptionReply.ERR_INVALID, words)]
+        style = self._machine.style
+        if request.option == Option.STRUCTURED_REPLY and style == HeaderStyle.EXTENDED:
+            words = "extended headers have been agreed on"
+            return [_refusal(request, OptionReply.ERR_EXT_HEADER_REQD, words)]
+        # The acknowledgement changes the style.
+        return [Reply(request.option, OptionReply.ACK)]
+
+    def _meta_context(self, request: OptionRequest) -> list[Reply]:
+        """List or select metadata contexts (specification, "Metadata querying")."""
+        selecting = request.option == Option.SET_META_CONTEXT
+        if selecting:
+            self._contexts = {}  # replaced even if this fails
+            if self._machine.style == HeaderStyle.SIMPLE:
+                words = "metadata contexts take structured replies or extended headers"
+                return [_refusal(request, OptionReply.ERR_INVALID, words)]
+        asked = MetaContextRequest.parse(request.data)
+        export = self._catalogue.find(asked.name)
+        if export is None:
+            words = f"there is no export {_short(asked.name)}"
+            return [_refusal(request, OptionReply.ERR_UNKNOWN, words)]
+        for query in asked.queries:
+            if ":" not in query:
+                words = f"the query {_short(query)} names no namespace"
+                return [_refusal(request, OptionReply.ERR_INVALID, words)]
+        found = {
+            number: name
+            for number, name in enumerate(export.storage.contexts, 1)
+            if (not asked.queries and not selecting)
+            or any(_matches(query, name, wildcards=not selecting) for query in asked.queries)
+        }
+        if selecting:
+            self._contexts, self._contexts_of = found, export.name
+        replies = [
+            # The ids in a list mean nothing and are 0.
+            Reply(
+                request.option,
+                OptionReply.META_CONTEXT,
+                MetaContext(number if selecting else 0, name).pack(),
+            )
+            for number, name in found.items()
+        ]
+        return [*replies, Reply(request.option, OptionReply.ACK)]
+
+    def _selected(self, export: Export) -> dict[int, str]:
+        """Give the contexts that hold for an export: those selected for another do not."""
+        return self._contexts if self._contexts_of == export.name else {}
+
+    def _flags(self, export: Export) -> TransmissionFlag:
+        return export.flags(self._machine.style, with_contexts=bool(self._selected(export)))
+
+
+def _matches(query: str, context: str, *, wildcards: bool) -> bool:
+    """Tell whether a query means a context; a namespace alone is a wildcard for lists only."""
+    if query.endswith(":"):
+        return wildcards and context.startswith(query)
+    return query == context
 
 
 def _refusal(request: OptionRequest, reply: OptionReply, words: str) -> Reply:

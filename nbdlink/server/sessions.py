@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import fcntl
+import resource
 import socket
 import struct
+import termios
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_SPARE: Final = 32
+"""Descriptors that are kept for anything but clients."""
+_MOST: Final = 4096
+"""Clients at a time, however many descriptors there are: each costs a thread."""
+_FAREWELL: Final = 1.0
+"""Seconds that a client which goes on sending has to notice that the server is leaving."""
+_GLANCE: Final = 0.02
+"""Seconds between two looks at whether a silent client has taken everything."""
 
 
 class Phase(enum.Enum):
@@ -45,7 +59,10 @@ class SessionInfo:
 
 
 class Session:
-    """One client's connection. Only the thread that serves it writes the counters.
+    """One client's connection.
+
+    The thread that serves it adds to the counters as it likes; workers call `count`, whose
+    numbers are kept apart, so that neither needs to wait for the other.
 
     Attributes:
         sock: the connection.
@@ -62,10 +79,20 @@ class Session:
         self.export: str | None = None
         self.phase = Phase.HANDSHAKE
         self.started = time.time()
-        self.requests = self.errors = self.bytes_read = self.bytes_written = 0
+        self.requests = self.bytes_read = self.bytes_written = 0
+        self._counting = threading.Lock()
+        self._errors = self._bytes_read = self._bytes_written = 0
         self.idle = True
         self.ending = False
+        self._is_deaf = False
         self.thread: threading.Thread | None = None
+
+    def count(self, *, errors: int = 0, bytes_read: int = 0, bytes_written: int = 0) -> None:
+        """Add to the counters, in any thread."""
+        with self._counting:
+            self._errors += errors
+            self._bytes_read += bytes_read
+            self._bytes_written += bytes_written
 
     def end(self) -> None:
         """Let the session finish the requests that have arrived, and no more.
@@ -78,13 +105,55 @@ class Session:
         if self.idle:
             self.hear_no_more()
 
+    def arrived(self) -> int:
+        """Give how many bytes of the client wait to be received."""
+        answer = fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4))
+        count: int = struct.unpack("i", answer)[0]
+        return count
+
     def hear_no_more(self) -> None:
         """Have `recv` give what has arrived already, and then the end of the stream."""
+        self._is_deaf = True
         self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
         """Break the connection, whatever it is doing."""
         self._shutdown(socket.SHUT_RDWR)
+
+    def take_leave(self) -> None:
+        """Say that nothing more comes, and let the client take what has been sent.
+
+        A socket that is closed while bytes of the client are unread, or before its last ones
+        arrive, answers them with a reset, which throws away the replies under way. So the
+        closing waits until the client has hung up, or is silent and has taken everything, but
+        not for longer than a second.
+        """
+        self._shutdown(socket.SHUT_WR)
+        end = time.monotonic() + _FAREWELL
+        is_sending = False
+        with contextlib.suppress(OSError):
+            self.sock.settimeout(_GLANCE)
+            while time.monotonic() < end:
+                try:
+                    heard = self.sock.recv(1 << 16)
+                except TimeoutError:
+                    heard = None
+                if heard:
+                    is_sending = True
+                    continue
+                # Once we hear no more, the end of the stream need not be the client's.
+                if heard is not None and not self._is_deaf:
+                    return
+                if not (is_sending and heard is None) and not self._untaken():
+                    return
+                if heard is not None:
+                    time.sleep(_GLANCE)
+
+    def _untaken(self) -> int:
+        """Give how many bytes of ours the client's side has not taken yet."""
+        answer = fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4))
+        count: int = struct.unpack("i", answer)[0]
+        return count
 
     def _shutdown(self, how: int) -> None:
         with contextlib.suppress(OSError):  # the client may have gone by itself
@@ -98,9 +167,9 @@ class Session:
             self.export,
             self.started,
             self.requests,
-            self.errors,
-            self.bytes_read,
-            self.bytes_written,
+            self._errors,
+            self.bytes_read + self._bytes_read,
+            self.bytes_written + self._bytes_written,
         )
 
 
@@ -109,11 +178,21 @@ class Sessions:
 
     Attributes:
         limit: how many may be connected at a time; 0 for any number.
+        bound: how many may be connected whatever the limit says.
+        ending: whether those that come to transmission are to end at once.
     """
 
-    def __init__(self, limit: int = 0, *, on_removed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        limit: int = 0,
+        *,
+        bound: int = _MOST,
+        on_removed: Callable[[], None] = lambda: None,
+    ) -> None:
         """Start with none; `on_removed` is called after each one that leaves."""
         self.limit = limit
+        self.bound = bound
+        self.ending = False
         self._on_removed = on_removed
         self._number = 0
         self._active: dict[int, Session] = {}
@@ -123,8 +202,17 @@ class Sessions:
         return len(self._active)
 
     def has_room(self) -> bool:
-        """Tell whether one more client may come in."""
-        return not self.limit or len(self._active) < self.limit
+        """Tell whether one more client may come in.
+
+        At the end the limit counts no more: newcomers are only told that it is the end.
+        """
+        count = len(self._active)
+        return count < self.bound and (not self.limit or self.ending or count < self.limit)
+
+    def in_transmission(self) -> int:
+        """Give how many clients have come to transmission."""
+        with self._changed:
+            return sum(s.phase is Phase.TRANSMISSION for s in self._active.values())
 
     def add(self, sock: socket.socket) -> Session:
         """Take in a client."""
@@ -133,12 +221,36 @@ class Sessions:
             session = self._active[self._number] = Session(self._number, sock)
         return session
 
+    def begin_transmission(self, session: Session, export: str) -> None:
+        """Take note that a client has chosen an export."""
+        with self._changed:
+            session.export = export
+            session.phase = Phase.TRANSMISSION
+            if self.ending:
+                session.end()
+
     def remove(self, session: Session) -> None:
         """Take note that a client has gone; its socket may be closed only after that."""
         with self._changed:
             self._active.pop(session.number, None)
             self._changed.notify_all()
         self._on_removed()
+
+    def make_room(self, newcomer: Session) -> Session | None:
+        """Break off the handshake that has lasted longest, and give its session.
+
+        None if nobody but the newcomer is in a handshake. The place is free once the session
+        has left.
+        """
+        with self._changed:
+            for session in self._active.values():
+                if session is newcomer:
+                    return None  # all the others were here before
+                if session.phase is Phase.HANDSHAKE and not session.ending:
+                    session.ending = True
+                    session.cut()
+                    return session
+        return None
 
     def snapshot(self) -> list[SessionInfo]:
         """Give what is known of each session, oldest first."""
@@ -154,16 +266,19 @@ class Sessions:
     # closed, so no descriptor that was given to somebody else meanwhile can be hit.
 
     def end(self) -> None:
-        """Let every session finish what has arrived, and no more."""
+        """Let every client in transmission finish what has arrived, and no more."""
         with self._changed:
+            self.ending = True
             for session in self._active.values():
-                session.end()
+                if session.phase is Phase.TRANSMISSION:
+                    session.end()
 
-    def cut(self) -> None:
-        """Break every connection."""
+    def cut(self, *phases: Phase) -> None:
+        """Break every connection, or those in `phases`."""
         with self._changed:
             for session in self._active.values():
-                session.cut()
+                if not phases or session.phase in phases:
+                    session.cut()
 
     def wait_until_empty(self, timeout: float, unless: Callable[[], bool]) -> bool:
         """Wait for all to leave; give up after `timeout` seconds or once `unless` holds."""
@@ -188,3 +303,12 @@ def describe_peer(sock: socket.socket) -> str:
     except OSError:  # gone already
         return "a client"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def most_connections() -> int:
+    """Give how many connections this process can take, beside what it has open already."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return _MOST
+    used = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    return max(1, min(_MOST, limit - used - _SPARE))

@@ -13,13 +13,28 @@ from __future__ import annotations
 
 import abc
 import errno
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
+from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import (
+    ALLOCATION_CONTEXT,
     DEFAULT_MAXIMUM_PAYLOAD,
     DEFAULT_MINIMUM_BLOCK,
     DEFAULT_PREFERRED_BLOCK,
 )
+
+
+class PlainFile(NamedTuple):
+    """Where a storage's bytes lie one after the other, for system calls to take directly.
+
+    Attributes:
+        fd: an open file or block device; use positions, as its own offset is everybody's.
+        start: where in it the storage's first byte lies.
+    """
+
+    fd: int
+    start: int
 
 
 class Storage(abc.ABC):
@@ -40,6 +55,10 @@ class Storage(abc.ABC):
             `flush` covers what any thread wrote. True for everything that keeps no cache by
             connection.
         is_rotational: whether seeking costs.
+        is_sparse: whether there may be holes worth looking for before a range is read.
+        waits: whether a request may take long, so that others should not have to wait for it.
+            A storage in memory need not have its requests done in threads of their own.
+        contexts: the metadata contexts of which `extents` knows.
     """
 
     name: str
@@ -54,6 +73,9 @@ class Storage(abc.ABC):
     can_cache: bool = False
     can_multi_conn: bool = True
     is_rotational: bool = False
+    is_sparse: bool = False
+    waits: bool = True
+    contexts: tuple[str, ...] = (ALLOCATION_CONTEXT,)
 
     zero_chunk: ClassVar[int] = 1 << 20
     """Bytes of zeroes that the plain way of `zero` writes at a time."""
@@ -113,6 +135,30 @@ class Storage(abc.ABC):
             OSError: it was tried and failed.
         """
         return
+
+    def extents(self, context: str, offset: int, length: int) -> Iterator[Extent]:
+        """Tell what a metadata context says of a range, extent by extent, without gaps.
+
+        The extents begin at `offset`, cover `length` bytes in all, and are made as they are
+        asked for. Neighbours may have the same flags. What nothing is known of is data.
+
+        Raises:
+            OSError: it could not be found out.
+        """
+        yield Extent(length, 0)
+
+    @property
+    def plain_file(self) -> PlainFile | None:
+        """Give the file that the engine may read and write itself, or None.
+
+        What the engine does with it must mean the same as `read_into` and `write`; if a system
+        call fails or falls short it asks those again, so only they need to know the reasons.
+        """
+        return None
+
+    def lend(self, offset: int, length: int) -> memoryview | None:
+        """Lend a range as memory that only system calls may read, or None; see `FileMapping`."""
+        return None
 
     @abc.abstractmethod
     def flush(self) -> None:

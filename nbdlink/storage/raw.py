@@ -10,13 +10,15 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
 from nbdlink.errors import StorageError
-from nbdlink.protocol.constants import MAX_EXPORT_SIZE
+from nbdlink.protocol.chunks import Extent
+from nbdlink.protocol.constants import MAX_EXPORT_SIZE, AllocationFlag
 from nbdlink.storage import blockdev
-from nbdlink.storage.base import Storage
+from nbdlink.storage.base import PlainFile, Storage
 from nbdlink.storage.fallocate import (
     ALLOCATE,
     PUNCH_HOLE,
@@ -24,7 +26,9 @@ from nbdlink.storage.fallocate import (
     ZERO_RANGE,
     fallocate,
 )
+from nbdlink.storage.mapping import FileMapping
 
+_HOLE: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 _ZEROES: Final = memoryview(bytes(1 << 20))
 _LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
 """How a failed write-back shows; see `RawStorage._sync`."""
@@ -63,7 +67,10 @@ class RawStorage(Storage):
         self._lost = 0
         self._unsupported: set[int] = set()
         self._dsync = os.RWF_DSYNC
+        self._mapping = FileMapping(fd, start, size)
         status = os.fstat(fd)
+        # Block devices cannot tell where they have holes.
+        self.is_sparse = not device and status.st_blocks * 512 < status.st_size
         disk = status.st_rdev if device else status.st_dev
         self.is_rotational = blockdev.queue_setting(disk, "rotational") != 0
         if device:
@@ -71,10 +78,12 @@ class RawStorage(Storage):
             self.preferred_block = max(self.preferred_block, physical)
             self.can_trim = blockdev.queue_setting(disk, "discard_max_bytes") != 0
         elif not read_only:
+            sparse = self.is_sparse
             # A hole behind the end changes nothing, and tells whether holes can be made.
             # Behind the end of the largest possible file there is nothing to try it on (EFBIG).
             with contextlib.suppress(OSError):
                 self.can_trim = self._try(PUNCH_HOLE, status.st_size, 1)
+            self.is_sparse = sparse  # it is as it was
 
     @classmethod
     def open(
@@ -130,6 +139,15 @@ class RawStorage(Storage):
         return cls(path, fd, start=offset, size=size, read_only=read_only, device=device)
 
     # Reading and writing.
+
+    @property
+    def plain_file(self) -> PlainFile:
+        """The file itself."""
+        return PlainFile(self._fd, self.start)
+
+    def lend(self, offset: int, length: int) -> memoryview | None:
+        """Lend pages of the file."""
+        return self._mapping.view(offset, length)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer`; EIO where the file has been truncated below the export's size."""
@@ -221,6 +239,8 @@ class RawStorage(Storage):
         """Do a fallocate; False, from then on without asking, if the kernel does not know it."""
         if mode in self._unsupported:
             return False
+        if mode == PUNCH_HOLE:
+            self.is_sparse = not self._device  # whoever reads afterwards looks for the hole
         try:
             fallocate(self._fd, mode, position, length)
         except OSError as error:
@@ -259,6 +279,37 @@ class RawStorage(Storage):
         if length:  # to the kernel 0 means "to the end"
             os.posix_fadvise(self._fd, self.start + offset, length, os.POSIX_FADV_WILLNEED)
 
+    # Allocation.
+
+    def extents(self, context: str, offset: int, length: int) -> Iterator[Extent]:
+        """Tell data from holes as the file system does; on devices all is data."""
+        if self._device:
+            yield Extent(length, 0)
+            return
+        position = self.start + offset
+        end = position + length
+        while position < end:
+            # The offset that lseek sets is shared by all threads, and used by none.
+            try:
+                data = min(os.lseek(self._fd, position, os.SEEK_DATA), end)
+            except OSError as error:
+                if error.errno in UNSUPPORTED or error.errno == errno.EINVAL:
+                    yield Extent(end - position, 0)  # this file system cannot tell
+                    return
+                if error.errno != errno.ENXIO:
+                    raise
+                data = end  # no data from here to the end of the file
+                if os.fstat(self._fd).st_size < end:
+                    raise OSError(
+                        errno.EIO, f"{self.name} has become shorter than its export"
+                    ) from None
+            if data > position:
+                yield Extent(data - position, _HOLE)
+            if data == end:
+                return
+            position = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
+            yield Extent(position - data, 0)
+
     # Durability.
 
     def flush(self) -> None:
@@ -289,6 +340,7 @@ class RawStorage(Storage):
 
     def close(self) -> None:
         """Close the file."""
+        self._mapping.close()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

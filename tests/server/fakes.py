@@ -39,6 +39,7 @@ class MemoryStorage(Storage):
 
     name = "memory"
     can_trim = can_fast_zero = can_cache = True
+    waits = False
 
     def __init__(self, size=1 << 20, *, read_only=False, minimum_block=1):
         self.data = bytearray(os.urandom(size))

@@ -547,7 +547,7 @@ def test_a_long_read_behind_many_short_replies_fits_the_outbox(storage, nothing_
     with ours, theirs:
         ours.settimeout(20)
         session = Session(1, theirs)
-        negotiated = NegotiatedSession(export, export.rules, requests)
+        negotiated = NegotiatedSession(export, requests)
         thread = threading.Thread(target=Transmission(session, negotiated).run)
         thread.start()
         client = RawClient.__new__(RawClient)

@@ -23,7 +23,7 @@ def storage():
 
 
 def test_an_export_offers_what_its_storage_can(storage):
-    flags = Export("", storage).flags
+    flags = Export("", storage).flags()
     assert flags & TransmissionFlag.HAS_FLAGS
     assert flags & WRITING == WRITING
     assert not flags & TransmissionFlag.READ_ONLY
@@ -43,24 +43,24 @@ def test_an_export_offers_what_its_storage_can(storage):
 @pytest.mark.parametrize("value", [True, False])
 def test_each_ability_is_a_flag(storage, attribute, flag, value):
     setattr(storage, attribute, value)
-    assert bool(Export("", storage).flags & flag) is value
+    assert bool(Export("", storage).flags() & flag) is value
 
 
 def test_fast_zeroes_need_zeroes(storage):
     storage.can_zero = False
-    assert not Export("", storage).flags & TransmissionFlag.SEND_FAST_ZERO
+    assert not Export("", storage).flags() & TransmissionFlag.SEND_FAST_ZERO
 
 
 @pytest.mark.parametrize("by_wish", [True, False])
 def test_a_read_only_export_offers_no_writing(storage, by_wish):
     storage.read_only = not by_wish
-    flags = Export("", storage, read_only=by_wish).flags
+    flags = Export("", storage, read_only=by_wish).flags()
     assert flags & TransmissionFlag.READ_ONLY
     assert not flags & WRITING
 
 
 def test_a_server_for_one_client_promises_no_second_connection(storage):
-    flags = Export("", storage, multi_conn=False).flags
+    flags = Export("", storage, multi_conn=False).flags()
     assert not flags & TransmissionFlag.CAN_MULTI_CONN
 
 
@@ -70,7 +70,7 @@ def test_the_size_is_that_of_whole_blocks():
 
 
 def test_the_rules_are_the_storages_limits():
-    rules = Export("", MemoryStorage(4096, minimum_block=512)).rules
+    rules = Export("", MemoryStorage(4096, minimum_block=512)).rules()
     assert (rules.size, rules.minimum_block, rules.maximum_payload) == (4096, 512, 32 << 20)
 
 
