@@ -14,7 +14,7 @@ sources := nbdlink tests $(wildcard bench)
 # pip shows a progress bar to a person, and nothing to a log.
 pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
 
-.PHONY: help demo test unit lint kernel-test bench-attach clean
+.PHONY: help demo test unit lint kernel-test bench bench-quick bench-attach clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +40,17 @@ kernel-test: ## the kernel tests only, in a virtual machine per kernel
 	@vagrant/provision.sh test
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
+
+# BENCH_OPTIONS: see `python -m bench.server --help`.
+bench: ## `nbdlink serve` beside other servers: half an hour on a quiet machine
+	@vagrant/provision.sh bench
+	@$(MAKE) --no-print-directory $(venv)/.for-bench
+	@$(python) -m bench.server --output docs/benchmarks $(BENCH_OPTIONS)
+
+bench-quick: ## the same in four minutes, with less of it; the page goes to build/
+	@vagrant/provision.sh bench
+	@$(MAKE) --no-print-directory $(venv)/.for-bench
+	@$(python) -m bench.server --quick --output build/bench/quick $(BENCH_OPTIONS)
 
 # Installed as users install it: an editable install looks every module up in a slower way.
 bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtual machine
@@ -67,6 +78,12 @@ $(venv)/.for-demo: pyproject.toml | $(venv)/.made
 $(venv)/.for-tests: pyproject.toml | $(venv)/.made
 	@echo "installing nbdlink and what its tests take into $(venv)"
 	@$(pip_install) --editable '.[dev]'
+	@touch $@
+
+$(venv)/.for-bench: pyproject.toml | $(venv)/.made
+	@echo "installing nbdlink and what its benchmarks take into $(venv)"
+	@$(pip_install) --editable '.[bench]'
+	@$(python) -m compileall -q nbdlink
 	@touch $@
 
 $(venv)/.made:

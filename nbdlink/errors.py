@@ -12,6 +12,7 @@
      ├── RequestError           the server refused one request; the connection lives
      ├── TLSError               credentials, verification or the TLS stream itself
      ├── StorageError           what was to be served cannot be opened or is not usable
+     ├── DaemonError            the server cannot go to the background, or have its pid file
      └── KernelError            the kernel refused: module, rights, device state
           ├── ModuleMissingError    no nbd module in the running kernel
           ├── RightsError           the caller is not allowed to
@@ -88,11 +89,15 @@ class RequestError(NBDError, OSError):
 
     Attributes:
         errno: the error as this system's errno (the protocol's numbers are Linux's).
+        offset: where in the export it failed, in bytes, or None if the server did not say.
     """
 
-    def __init__(self, message: str, *, errno: int, hint: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, errno: int, offset: int | None = None, hint: str | None = None
+    ) -> None:
         NBDError.__init__(self, message, hint=hint)
         self.errno = errno
+        self.offset = offset
         self.strerror = os.strerror(errno)
 
     def __str__(self) -> str:
@@ -105,6 +110,10 @@ class TLSError(NBDError):
 
 class StorageError(NBDError):
     """What was to be served cannot be opened, or is of no use as storage."""
+
+
+class DaemonError(NBDError):
+    """The server cannot go to the background, or its pid file cannot be made."""
 
 
 class KernelError(NBDError):

@@ -5,7 +5,8 @@
 #
 # demo   what `make demo` takes: a virtual machine and the tools to make a file system
 # test   demo, and the programs of others that the tests speak to
-# bench  test, and a compiler for the programs that benchmarks compare with
+# bench  test, and a compiler for the programs that benchmarks compare with, one of which is a
+#        plugin for nbdkit
 #
 # Nothing happens when all of it is there. Exit status: 0 done, 1 it failed, 2 no such group,
 # 3 packages are missing and there is no way to become root.
@@ -15,7 +16,7 @@ demo="python3-venv qemu-system-x86 seabios busybox-static kmod udev e2fsprogs fd
 test="qemu-utils nbdkit nbd-server nbd-client libnbd-bin python3-libnbd fio iproute2 procps strace"
 # Without this nbdinfo (1.14) prints random bytes where it tells the content.
 test="$test file"
-bench="gcc libc6-dev"
+bench="gcc libc6-dev nbdkit-plugin-dev"
 
 case ${1-} in
 demo) packages=$demo ;;

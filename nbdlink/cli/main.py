@@ -24,6 +24,8 @@ VERBS = {
     "list": ("nbdlink.cli.show", "show what is attached"),
     "exports": ("nbdlink.cli.show", "show what a server offers"),
     "info": ("nbdlink.cli.show", "show all that is known of an export or a device"),
+    "map": ("nbdlink.cli.map", "show what is allocated"),
+    "copy": ("nbdlink.cli.copy", "copy images from and to exports"),
     "serve": ("nbdlink.cli.serve", "serve files and block devices"),
     "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
 }
@@ -50,6 +52,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit status; argparse's own errors exit with 2."""
+    _open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         # File names need not be text; what cannot be encoded is shown escaped.
@@ -90,6 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             NBDError(f"unexpected {name}: {error}", hint="this is a bug; -vv shows where it is")
         )
         return 1
+
+
+def _open_missing_streams() -> None:
+    """Put something harmless on the descriptors 0 to 2 if they are closed.
+
+    A socket or a disk image that got one of them would be written to by whoever, in this
+    process, has something to say.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # it is given the lowest number that is free
+    os.close(descriptor)
 
 
 def _drop_output() -> None:

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 # What a state looks like at a glance.
 STATE_STYLES = {"attached": "green", "ok": "green", "warning": "yellow", "unknown": "yellow"}
@@ -67,3 +71,83 @@ def print_sheet(title: str, values: Mapping[str, object]) -> None:
                 print(f"\t\t{printable(item)}")
         else:
             print(f"\t{key}: {printable(None if value == [] else value)}")
+
+
+def can_print(text: str) -> bool:
+    """Tell whether stdout's encoding has all of these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def print_coloured(
+    text: str, styles: Mapping[str, str], replacements: Mapping[int, str | int | None]
+) -> None:
+    """Print a line, each character in the style it has, if a terminal is there to show it.
+
+    Args:
+        text: the line.
+        styles: the style of each character.
+        replacements: what is printed instead, as `str.translate` takes it.
+    """
+    if not sys.stdout.isatty():
+        print(text.translate(replacements))
+        return
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text()
+    for character, group in groupby(text):
+        shown = character.translate(replacements)
+        line.append(shown * len(list(group)), style=styles.get(character, ""))
+    Console().print(line, soft_wrap=True)
+
+
+class ProgressBar:
+    """A bar on stderr with rate and time left; made by `progress`."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, what: str, total: int | None) -> Callable[[int], None]:
+        """Begin a line of `total` bytes (None: not known); give who is told of the progress."""
+        task = self._bar.add_task(what, total=total)
+        return lambda done: self._bar.update(task, completed=done)
+
+
+def progress() -> ProgressBar:
+    """Give a progress bar, to be used in a `with` block."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return ProgressBar(Progress(*columns, console=Console(stderr=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import socket
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from nbdlink.sizes import format_size, parse_seconds, parse_size
 from nbdlink.uri import DEFAULT_PORT
 
 if TYPE_CHECKING:
-    from nbdlink.server import Catalogue
+    from nbdlink.server import Catalogue, Service
 
 
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -49,23 +50,41 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         default=10.0,
         help="seconds a client has to choose an export (10)",
     )
+    add("--fork", action="store_true", help="go to the background once clients can come")
+    add("--pid-file", metavar="PATH", help="a file for the process's number, while it serves")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal comes, or until the last client has gone with `--once`."""
     from nbdlink.cli.main import set_up_logging
-    from nbdlink.cli.output import printable
     from nbdlink.server import Service
+    from nbdlink.server.daemon import (
+        PidFile,
+        fork_to_background,
+        log_to_syslog,
+        raise_descriptor_limit,
+    )
+    from nbdlink.transport.activation import inherited_sockets, notify
 
     if arguments.shared < 0:
         raise ConfigError("the number of clients cannot be negative", hint="0 is any number")
+    _port(arguments)
     set_up_logging(arguments.verbose)
+    raise_descriptor_limit()
+    inherited = inherited_sockets()  # before a fork, since they are meant for this process
+    if inherited and (arguments.socket or arguments.bind or arguments.port is not None):
+        raise ConfigError(
+            "LISTEN_FDS hands over sockets to listen on, so --port, --bind and --socket cannot",
+            hint="leave them out, or unset LISTEN_FDS",
+        )
+    background = fork_to_background() if arguments.fork else None
+    pid_file = None if arguments.pid_file is None else PidFile(arguments.pid_file)
     catalogue = _catalogue(arguments)
     with contextlib.ExitStack() as undo:
         for storage in catalogue.storages:
             undo.callback(storage.close)
-        listeners = _listeners(arguments)
+        listeners = inherited or _listeners(arguments)
         undo.pop_all()
     service = Service(
         catalogue,
@@ -73,19 +92,40 @@ def run(arguments: argparse.Namespace) -> int:
         once=arguments.once,
         shared=arguments.shared,
         negotiation_timeout=arguments.negotiation_timeout,
+        inherited=bool(inherited),
+        on_stopping=lambda: notify("STOPPING=1"),
     )
 
     def ready() -> None:
-        for export in catalogue:
-            access = ", read-only" if export.is_read_only else ""
-            size = format_size(export.size)
-            name = printable(export.storage.name)
-            print(f"{service.uri(export.name)} is {name} ({size}{access})")
-        # Scripts wait for these lines: they say that clients can come.
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        if pid_file is not None:
+            pid_file.publish()
+        # Who has made the sockets knows where they are, and may want our stdout for itself:
+        # `nbdinfo --json [ nbdlink serve disk.img ]`.
+        if not inherited:
+            _print_uris(service)
+        if background is not None:
+            background()
+            log_to_syslog()
+        notify(f"READY=1\nMAINPID={os.getpid()}")
 
-    return service.run(ready)
+    try:
+        return service.run(ready)
+    finally:
+        if pid_file is not None:
+            pid_file.remove()
+
+
+def _print_uris(service: Service) -> None:
+    from nbdlink.cli.output import printable
+
+    for export in service.catalogue:
+        access = ", read-only" if export.is_read_only else ""
+        size = format_size(export.size)
+        name = printable(export.storage.name)
+        print(f"{service.uri(export.name)} is {name} ({size}{access})")
+    # Scripts wait for these lines: they say that clients can come.
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _catalogue(arguments: argparse.Namespace) -> Catalogue:
@@ -134,12 +174,17 @@ def _split(word: str, several: bool) -> tuple[str, str]:
     return Path(word).name if several else "", word
 
 
+def _port(arguments: argparse.Namespace) -> int:
+    port = DEFAULT_PORT if arguments.port is None else int(arguments.port)
+    if not 0 <= port < 65536:
+        raise ConfigError(f"{port} is not a port", hint="use 1 to 65535, or 0 for any")
+    return port
+
+
 def _listeners(arguments: argparse.Namespace) -> list[socket.socket]:
     from nbdlink.transport.stream import listen_tcp, listen_unix
 
-    port = DEFAULT_PORT if arguments.port is None else arguments.port
-    if not 0 <= port < 65536:
-        raise ConfigError(f"{port} is not a port", hint="use 1 to 65535, or 0 for any")
+    port = _port(arguments)
     with contextlib.ExitStack() as undo:
         sockets = []
         if arguments.socket is not None:

@@ -137,12 +137,13 @@ def run_exports(arguments: argparse.Namespace) -> int:
     """Print what a server offers."""
     from nbdlink.cli import output
     from nbdlink.client.negotiate import Negotiation
+    from nbdlink.protocol.constants import HeaderStyle, TransmissionFlag
     from nbdlink.uri import Target
 
     target = Target.parse(arguments.target)
-    with Negotiation(target, timeout=arguments.timeout) as negotiation:
+    with Negotiation.best(target, timeout=arguments.timeout) as negotiation:
         listings = negotiation.list_exports()
-        structured = negotiation.request_structured_replies()
+        has_contexts = negotiation.style > HeaderStyle.SIMPLE
         found: list[tuple[ExportListing, NegotiatedExport | None]] = []
         for listing in listings[:_MAX_ASKED]:
             try:
@@ -158,14 +159,12 @@ def run_exports(arguments: argparse.Namespace) -> int:
                     target,
                     export,
                     listing.description,
-                    negotiation.list_meta_contexts(listing.name) if structured else [],
+                    negotiation.list_meta_contexts(listing.name) if has_contexts else [],
                 )
                 for listing, export in found
             ]
             output.print_json(_server_sheet(negotiation, sheets))
             return 0
-    from nbdlink.protocol.constants import TransmissionFlag
-
     columns = ("export", "size", "access", "connections", "description")
     several = TransmissionFlag.CAN_MULTI_CONN
     rows = [
@@ -206,7 +205,9 @@ def run_info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         output.print_json(server)
         return 0
-    packets = "structured" if server["structured"] else "simple"
+    packets = "extended" if server["extended"] else "simple"
+    if server["structured"] and not server["extended"]:
+        packets = "structured"
     print(f"protocol: {server['protocol']} without TLS, using {packets} packets")
     for export in server["exports"]:
         export["export-size"] = f"{export['export-size']} ({export.pop('export-size-str')})"
@@ -232,11 +233,11 @@ def _device_index(what: str) -> int | None:
 
 def _ask_about(target: Target, timeout: float) -> dict[str, Any]:
     from nbdlink.client.negotiate import Negotiation
-    from nbdlink.protocol.constants import OptionReply
+    from nbdlink.protocol.constants import HeaderStyle, OptionReply
 
-    with Negotiation(target, timeout=timeout) as negotiation:
-        structured = negotiation.request_structured_replies() if negotiation.fixed else False
-        contexts = negotiation.list_meta_contexts() if structured else []
+    with Negotiation.best(target, timeout=timeout) as negotiation:
+        has_contexts = negotiation.style > HeaderStyle.SIMPLE
+        contexts = negotiation.list_meta_contexts() if has_contexts else []
         try:
             export = _believable(negotiation, target.export, timeout)
         except OptionError as error:
@@ -261,10 +262,13 @@ def _believable(negotiation: Negotiation, name: str, timeout: float) -> Negotiat
 
 
 def _server_sheet(negotiation: Negotiation, exports: list[dict[str, Any]]) -> dict[str, Any]:
+    from nbdlink.protocol.constants import HeaderStyle
+
     return {
         "protocol": "newstyle-fixed" if negotiation.fixed else "newstyle",
         "TLS": False,
-        "structured": negotiation.structured,
+        "structured": negotiation.style >= HeaderStyle.STRUCTURED,
+        "extended": negotiation.style >= HeaderStyle.EXTENDED,
         "exports": exports,
     }
 

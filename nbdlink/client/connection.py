@@ -1,85 +1,69 @@
-"""Requests to an export from userspace: blocking, or many in flight at once.
+"""An export to read, write and ask about from userspace.
 
-How it works: requests are queued and sent as far as the socket takes them; whoever waits for
-a reply drives the socket for everybody. One thread at a time is the driver: it sends what is
-queued and receives what comes, until the request it waits for is done, and then the next
-waiter takes over. So a single-threaded user pays for no thread switch, many threads may share
-one connection, and sending never blocks while a server wants its replies taken first.
+What a request may be is checked here, by the rules that the server would check it with; what
+is in flight, and who moves it, is the business of `pipeline`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 import socket
-import threading
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
-from nbdlink.client.negotiate import DEFAULT_TIMEOUT, NegotiatedExport, negotiate
-from nbdlink.errors import (
-    LocalProtocolError,
-    NBDError,
-    RemoteProtocolError,
-    RequestError,
-    TransportError,
+from nbdlink.client.negotiate import DEFAULT_TIMEOUT, NegotiatedExport, negotiate_best
+from nbdlink.client.pipeline import Pending, Pipeline
+from nbdlink.errors import LocalProtocolError, NBDError
+from nbdlink.protocol.chunks import Extent, pack_status_filter
+from nbdlink.protocol.constants import (
+    ALLOCATION_CONTEXT,
+    Command,
+    CommandFlag,
+    HeaderStyle,
+    TransmissionFlag,
+    command_name,
 )
-from nbdlink.protocol.constants import Command, CommandFlag, TransmissionFlag, command_name
-from nbdlink.protocol.transmission import ReplyReader, RequestHeader, known_error
-from nbdlink.transport.stream import Deadline, reason
 from nbdlink.uri import Target
 
 Buffer = bytes | bytearray | memoryview
 
 _MAX_LENGTH = 0xFFFF_FFFF
-_GATHER = 64
-"""Buffers that one `sendmsg` takes; far below IOV_MAX (1024) and enough to fill a socket."""
+"""Bytes that a request can be about without extended headers."""
+
+_ASK_FIRST = 1 << 30
+_ASK_LEAST = 1 << 20
+_ASK_MOST = 1 << 60
+_FEW_EXTENTS = 1 << 10
+_MANY_EXTENTS = 1 << 16
 
 
-class Pending:
-    """A request on its way. `result` waits for its reply."""
+class PendingStatus(Pending):
+    """A block status request on its way."""
 
-    __slots__ = ("_connection", "_data", "_error", "_header", "done")
+    __slots__ = ("_names",)
 
     def __init__(
-        self, connection: Connection, header: RequestHeader, data: bytearray | None
+        self, pipeline: Pipeline, offset: int, length: int, flags: int, names: Mapping[str, int]
     ) -> None:
-        self._connection = connection
-        self._header = header
-        self._data = data
-        self._error = 0
-        self.done = False
+        """Ask for the contexts in `names`, which maps them to their ids."""
+        contexts = tuple(names.values())
+        super().__init__(pipeline, Command.BLOCK_STATUS, offset, length, flags, contexts=contexts)
+        self._names = names
 
-    def result(self, timeout: float | None = None) -> bytearray:
-        """Wait for the reply; give a read's data, or nothing for other requests.
-
-        Args:
-            timeout: seconds, or None for ever. A request that timed out is still on its way.
-
-        Raises:
-            RequestError: the server refused the request; the connection lives on.
-            TransportError, RemoteProtocolError: the connection is dead.
-        """
-        self._connection._wait(self, Deadline(timeout))
-        if self._error:
-            header = self._header
-            raise RequestError(
-                f"{self._connection.target.address}: {command_name(header.command)} of "
-                f"{header.length} bytes at {header.offset}: {os.strerror(self._error).lower()}",
-                errno=self._error,
-            )
-        return bytearray() if self._data is None else self._data
+    def extents(self, timeout: float | None = None) -> dict[str, list[Extent]]:
+        """Wait as `wait` does; give the extents of each context, from the offset asked on."""
+        self.wait(timeout)
+        return {name: list(self.status[number]) for name, number in self._names.items()}
 
 
 class Connection:
     """An export to read and write; made by `connect`. Safe to share between threads.
 
     Offsets and lengths are in bytes. Reads and writes longer than the server's maximum payload
-    are split. Every method raises `RequestError` if the server refuses, `LocalProtocolError`
-    if the export cannot do it or the request reaches past its end, and `TransportError` or
+    are split, and so is what reaches over 4 GiB where the server has no extended headers. Every
+    method raises `RequestError` if the server refuses, `LocalProtocolError` if the export
+    cannot do it or the request reaches past its end, and `TransportError` or
     `RemoteProtocolError` once the connection is dead.
 
     Attributes:
@@ -91,18 +75,9 @@ class Connection:
         """Take over a socket in transmission."""
         self.target = target
         self.export = export
-        self._socket = sock
-        sock.setblocking(False)
-        self._reader = ReplyReader()
+        self._pipeline = Pipeline(sock, export.style, target.address)
         self._rules = export.rules
-        self._requests: dict[int, Pending] = {}
-        self._cookie = 0
-        self._queue: deque[memoryview] = deque()
-        self._driven = False
-        self._dead: NBDError | None = None
-        self._turn = threading.Condition()
-        # Wakes a driver that sleeps for replies when another thread has queued something.
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wide = export.style == HeaderStyle.EXTENDED
 
     def __enter__(self) -> Self:
         return self
@@ -120,29 +95,44 @@ class Connection:
         """The export's size in bytes."""
         return self.export.size
 
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """Names of the metadata contexts that `block_status` tells of."""
+        return tuple(self.export.contexts)
+
     def can(self, flag: TransmissionFlag) -> bool:
         """Tell whether the export announced a transmission flag."""
         return bool(self.export.flags & flag)
 
     # Blocking requests.
 
-    def pread(self, length: int, offset: int) -> bytearray:
-        """Read `length` bytes."""
+    def pread(self, length: int, offset: int, *, whole: bool = False) -> bytearray:
+        """Read `length` bytes; see `pread_into`."""
         self._check(Command.READ, 0, offset, length, split=True)
         data = bytearray(length)
-        self.pread_into(data, offset)
+        self.pread_into(data, offset, whole=whole)
         return data
 
-    def pread_into(self, buffer: bytearray | memoryview, offset: int) -> None:
-        """Fill `buffer` with what is at `offset`."""
+    def pread_into(
+        self, buffer: bytearray | memoryview, offset: int, *, whole: bool = False
+    ) -> None:
+        """Fill `buffer` with what is at `offset`.
+
+        Args:
+            buffer: where the data goes; undefined if the read fails.
+            offset: bytes from the export's start.
+            whole: have the server answer in one piece (the specification's DF flag), or fail
+                with EOVERFLOW.
+        """
         view = memoryview(buffer).cast("B")
         if view.readonly:
             raise LocalProtocolError("the buffer to read into cannot be written")
-        self._check(Command.READ, 0, offset, len(view), split=True)
+        flags = CommandFlag.DF if whole else 0
+        self._check(Command.READ, flags, offset, len(view), split=True)
         self._finish(
             [
-                self._submit(RequestHeader(Command.READ, 0, offset + at, len(part)), into=part)
-                for at, part in self._parts(view)
+                self._read(offset + at, view[at : at + length], flags)
+                for at, length in self._parts(len(view), self._most_payload)
             ]
         )
 
@@ -153,20 +143,18 @@ class Connection:
         self._check(Command.WRITE, flags, offset, len(view), split=True)
         self._finish(
             [
-                self._submit(
-                    RequestHeader(Command.WRITE, 0, offset + at, len(part), flags), payload=part
-                )
-                for at, part in self._parts(view)
+                self._write(offset + at, view[at : at + length], flags)
+                for at, length in self._parts(len(view), self._most_payload)
             ]
         )
 
     def flush(self) -> None:
         """Bring every write that was answered so far to stable storage."""
-        self.submit_flush().result()
+        self.submit_flush().wait()
 
     def trim(self, length: int, offset: int, *, fua: bool = False) -> None:
         """Tell the server that the data is no longer needed."""
-        self.submit_trim(length, offset, fua=fua).result()
+        self._ranges(Command.TRIM, self._fua(fua), offset, length)
 
     def zero(
         self,
@@ -186,26 +174,86 @@ class Connection:
             no_hole: keep the space allocated.
             fast: fail with ENOTSUP where this would be no faster than a write.
         """
-        self.submit_zero(length, offset, fua=fua, no_hole=no_hole, fast=fast).result()
+        self._ranges(Command.WRITE_ZEROES, self._zero(fua, no_hole, fast), offset, length)
 
     def cache(self, length: int, offset: int) -> None:
         """Tell the server that the data will be read soon."""
-        self.submit_cache(length, offset).result()
+        self._ranges(Command.CACHE, 0, offset, length)
+
+    def block_status(
+        self, length: int, offset: int, *, one: bool = False, contexts: Sequence[str] | None = None
+    ) -> dict[str, list[Extent]]:
+        """Ask for the status of a range in the metadata contexts that were selected.
+
+        Args:
+            length: bytes; a hint only, without `one`: the server may tell of fewer or more.
+            offset: bytes from the export's start.
+            one: ask for a single extent in each context, no longer than `length`.
+            contexts: names of those wanted, or None for all.
+
+        Returns:
+            The extents of each context, one after another from `offset` on; at least one.
+        """
+        return self.submit_block_status(length, offset, one=one, contexts=contexts).extents()
+
+    def extents(
+        self, offset: int = 0, length: int | None = None, *, context: str = ALLOCATION_CONTEXT
+    ) -> Iterator[Extent]:
+        """Go through the extents of a range, neighbours of the same status joined.
+
+        Where the server does not tell what is allocated, all of it counts as data.
+
+        Args:
+            offset: bytes from the export's start.
+            length: bytes, or None for all that follows.
+            context: a metadata context that was selected.
+
+        Yields:
+            Extents, one after another, that fill the range exactly.
+
+        Raises:
+            LocalProtocolError: the range ends past the export, or the context was not selected.
+        """
+        end = self.size if length is None else offset + length
+        if not 0 <= offset <= end <= self.size:
+            raise LocalProtocolError(
+                f"{self.target.address}: {offset} to {end} is no range of {self.size} bytes"
+            )
+        if context in self.export.contexts:
+            found = self._ask_extents(offset, end, context)
+        elif context == ALLOCATION_CONTEXT:
+            found = iter((Extent(end - offset, 0),) if end > offset else ())
+        else:
+            raise self._no_context(context)
+        return _joined(found)
 
     # Requests in flight: each gives a `Pending` at once.
 
-    def submit_read(self, length: int, offset: int) -> Pending:
-        """Begin to read up to the maximum payload."""
-        self._check(Command.READ, 0, offset, length)
+    def submit_read(
+        self,
+        length: int,
+        offset: int,
+        *,
+        into: memoryview | None = None,
+        whole: bool = False,
+    ) -> Pending:
+        """Begin to read up to the maximum payload, into `into` if that is given."""
+        flags = CommandFlag.DF if whole else 0
+        self._check(Command.READ, flags, offset, length)
+        if into is not None:
+            if len(into) != length:
+                raise LocalProtocolError(f"a buffer of {len(into)} bytes for {length}")
+            return self._read(offset, into, flags)
         data = bytearray(length)
-        return self._submit(RequestHeader(Command.READ, 0, offset, length), data=data)
+        pending = Pending(self._pipeline, Command.READ, offset, length, flags, data=data)
+        self._pipeline.submit(pending)
+        return pending
 
     def submit_write(self, data: Buffer, offset: int, *, fua: bool = False) -> Pending:
         """Begin to write up to the maximum payload; `data` must not change until it is done."""
         view, flags = memoryview(data).cast("B"), self._fua(fua)
         self._check(Command.WRITE, flags, offset, len(view))
-        header = RequestHeader(Command.WRITE, 0, offset, len(view), flags)
-        return self._submit(header, payload=view)
+        return self._write(offset, view, flags)
 
     def submit_flush(self) -> Pending:
         """Begin to flush."""
@@ -225,33 +273,56 @@ class Connection:
         fast: bool = False,
     ) -> Pending:
         """Begin to write zeroes."""
-        flags = self._fua(fua)
-        flags |= CommandFlag.NO_HOLE if no_hole else 0
-        flags |= CommandFlag.FAST_ZERO if fast else 0
-        return self._simple(Command.WRITE_ZEROES, flags, offset, length)
+        return self._simple(Command.WRITE_ZEROES, self._zero(fua, no_hole, fast), offset, length)
 
     def submit_cache(self, length: int, offset: int) -> Pending:
         """Begin to cache."""
         return self._simple(Command.CACHE, 0, offset, length)
 
+    def submit_block_status(
+        self, length: int, offset: int, *, one: bool = False, contexts: Sequence[str] | None = None
+    ) -> PendingStatus:
+        """Begin to ask for the status of a range; see `block_status`."""
+        names = self.export.contexts
+        if contexts is not None:
+            for name in contexts:
+                if name not in names:
+                    raise self._no_context(name)
+            names = {name: names[name] for name in contexts}
+        if not self._wide:
+            length = min(length, self._most_range)
+        flags = CommandFlag.REQ_ONE if one else 0
+        self._check(Command.BLOCK_STATUS, flags, offset, length)
+        payload = None
+        if len(names) < len(self.export.contexts):
+            if self.can(TransmissionFlag.BLOCK_STATUS_PAYLOAD):
+                payload = memoryview(pack_status_filter(length, tuple(names.values())))
+            else:
+                names = self.export.contexts  # the server cannot be told: all come
+        pending = PendingStatus(self._pipeline, offset, length, flags, names)
+        self._pipeline.submit(pending, payload)
+        return pending
+
+    def batch(self) -> AbstractContextManager[None]:
+        """Hold back requests that are submitted in the block, and send them in one go."""
+        return self._pipeline.batch()
+
     def close(self) -> None:
         """Say goodbye and close; requests still in flight fail."""
-        with self._turn:
-            if self._socket.fileno() < 0:
-                return
-            if self._dead is None and not self._requests:
-                # Nothing is queued, so the goodbye fits into the socket's buffer.
-                with contextlib.suppress(OSError):
-                    self._socket.send(RequestHeader(Command.DISC, 0).pack())
-            self._fail(TransportError(f"{self.target.address}: the connection was closed"))
-            while self._driven:
-                os.eventfd_write(self._wake, 1)
-                self._turn.wait()
-            if self._socket.fileno() >= 0:  # another thread may have closed it meanwhile
-                self._socket.close()
-                os.close(self._wake)
+        self._pipeline.close()
 
     # Making requests.
+
+    @property
+    def _most_payload(self) -> int:
+        return self._aligned(self._rules.maximum_payload)
+
+    @property
+    def _most_range(self) -> int:
+        return self._aligned(_MAX_LENGTH)
+
+    def _aligned(self, length: int) -> int:
+        return length // self._rules.minimum_block * self._rules.minimum_block
 
     def _fua(self, fua: bool) -> int:
         if fua and not self.can(TransmissionFlag.SEND_FUA):
@@ -261,23 +332,27 @@ class Connection:
             )
         return CommandFlag.FUA if fua else 0
 
-    def _parts(self, view: memoryview) -> list[tuple[int, memoryview]]:
-        most = self._rules.maximum_payload // self._rules.minimum_block * self._rules.minimum_block
-        if len(view) <= most:
-            return [(0, view)]
-        return [(at, view[at : at + most]) for at in range(0, len(view), most)]
+    def _zero(self, fua: bool, no_hole: bool, fast: bool) -> int:
+        flags = self._fua(fua)
+        flags |= CommandFlag.NO_HOLE if no_hole else 0
+        return flags | (CommandFlag.FAST_ZERO if fast else 0)
+
+    @staticmethod
+    def _parts(length: int, most: int) -> list[tuple[int, int]]:
+        """Cut `length` into parts of at most `most`: where each begins, and how long it is."""
+        return [(at, min(most, length - at)) for at in range(0, length, most)]
 
     def _check(
         self, command: Command, flags: int, offset: int, length: int, *, split: bool = False
     ) -> None:
         if offset < 0 or length < 0:
             raise LocalProtocolError("offset and length cannot be negative")
-        shown = min(length, self._rules.maximum_payload) if split else length
+        shown = min(length, self._most_payload) if split else length
         last = offset + length - shown
         error = self._rules.check(command, flags, last, shown)
         if not error and split:
             error = self._rules.check(command, flags, offset, shown)
-        if error or (length > _MAX_LENGTH and not split):
+        if error or (length > _MAX_LENGTH and not split and not self._wide):
             raise LocalProtocolError(
                 f"{self.target.address}: {command_name(command)} of {length} bytes at {offset} "
                 f"does not suit the export ({self._why(command, offset, length)})"
@@ -295,163 +370,110 @@ class Connection:
             return f"its minimum block size is {rules.minimum_block}"
         if length > rules.maximum_payload and command in (Command.READ, Command.WRITE):
             return f"its maximum payload is {rules.maximum_payload}"
+        if command == Command.BLOCK_STATUS and not rules.has_contexts:
+            return "no metadata context was selected"
+        if length > _MAX_LENGTH:
+            return "the server has no extended headers"
         return "the server did not announce that it can"
+
+    def _no_context(self, name: str) -> LocalProtocolError:
+        return LocalProtocolError(
+            f"{self.target.address}: the metadata context {name!r} was not selected",
+            hint="`nbdlink info` shows which contexts the export has",
+        )
+
+    def _read(self, offset: int, view: memoryview, flags: int) -> Pending:
+        pending = Pending(self._pipeline, Command.READ, offset, len(view), flags, into=view)
+        self._pipeline.submit(pending)
+        return pending
+
+    def _write(self, offset: int, view: memoryview, flags: int) -> Pending:
+        pending = Pending(self._pipeline, Command.WRITE, offset, len(view), flags)
+        self._pipeline.submit(pending, view)
+        return pending
 
     def _simple(self, command: Command, flags: int, offset: int, length: int) -> Pending:
         self._check(command, flags, offset, length)
-        return self._submit(RequestHeader(command, 0, offset, length, flags))
+        pending = Pending(self._pipeline, command, offset, length, flags)
+        self._pipeline.submit(pending)
+        return pending
 
-    def _submit(
-        self,
-        header: RequestHeader,
-        *,
-        payload: memoryview | None = None,
-        data: bytearray | None = None,
-        into: memoryview | None = None,
-    ) -> Pending:
-        with self._turn:
-            if self._dead:
-                raise self._dead
-            self._cookie = self._cookie + 1 & 0xFFFF_FFFF_FFFF_FFFF
-            header = RequestHeader(
-                header.command, self._cookie, header.offset, header.length, header.flags
-            )
-            packed = header.pack()
-            pending = Pending(self, header, data)
-            target = memoryview(data) if data is not None else into
-            self._reader.expect(header.cookie, target)
-            self._requests[header.cookie] = pending
-            was_empty = not self._queue
-            self._queue.append(memoryview(packed))
-            if payload is not None and len(payload):
-                self._queue.append(payload)
-            if self._driven:
-                os.eventfd_write(self._wake, 1)
-            elif was_empty:
-                self._send_queued()
-            return pending
+    def _ranges(self, command: Command, flags: int, offset: int, length: int) -> None:
+        """Ask for something that has no payload, in as many requests as it takes."""
+        self._check(command, flags, offset, length, split=True)
+        most = max(length, 1) if self._wide else self._most_range
+        self._finish(
+            [
+                self._simple(command, flags, offset + at, part)
+                for at, part in self._parts(length, most)
+            ]
+        )
 
     def _finish(self, requests: Sequence[Pending]) -> None:
         """Wait for all of them, then report the first failure: none may be left behind."""
         failure: NBDError | None = None
         for pending in requests:
             try:
-                pending.result()
+                pending.wait()
             except NBDError as error:
                 failure = failure or error
         if failure:
             raise failure
 
-    # Driving the socket.
-
-    def _wait(self, pending: Pending, deadline: Deadline) -> None:
-        with self._turn:
-            while not pending.done:
-                if self._dead:
-                    raise self._dead
-                try:
-                    left = deadline.left()
-                except TimeoutError:
-                    raise TransportError(
-                        f"{self.target.address}: no reply within {deadline.seconds:g} seconds"
-                    ) from None
-                if self._driven:
-                    self._turn.wait(left)
-                    continue
-                self._driven = True
-                try:
-                    self._drive(left)
-                finally:
-                    self._driven = False
-                    self._turn.notify_all()
-
-    def _drive(self, timeout: float | None) -> None:
-        """Wait for the socket once, with the lock released, and move what can be moved."""
-        events = select.POLLIN | (select.POLLOUT if self._queue else 0)
-        poll = select.poll()
-        poll.register(self._socket, events)
-        poll.register(self._wake, select.POLLIN)
-        self._turn.release()
-        try:
-            ready = dict(poll.poll(None if timeout is None else max(1, int(timeout * 1000))))
-        finally:
-            self._turn.acquire()
-        if self._wake in ready:
-            os.eventfd_read(self._wake)
-        if self._dead:
-            return
-        if self._queue:
-            self._send_queued()
-        if ready.get(self._socket.fileno(), 0) & ~select.POLLOUT:
-            self._receive_ready()
-
-    def _send_queued(self) -> None:
-        queue = self._queue
-        try:
-            while queue:
-                sent = self._socket.sendmsg([queue[i] for i in range(min(len(queue), _GATHER))])
-                while sent and sent >= len(queue[0]):
-                    sent -= len(queue.popleft())
-                if sent:
-                    queue[0] = queue[0][sent:]
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._fail(TransportError(f"{self.target.address}: {reason(error)}"))
-        except BaseException:
-            self._interrupted()
-            raise
-
-    def _receive_ready(self) -> None:
-        reader = self._reader
-        try:
-            while True:
-                done = reader.received(self._socket.recv_into(reader.buffer()))
-                if done is not None:
-                    cookie, error = done
-                    pending = self._requests.pop(cookie)
-                    pending._error = known_error(error)
-                    pending.done = True
-                    if not self._requests:
-                        return
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._fail(TransportError(f"{self.target.address}: {reason(error)}"))
-        except RemoteProtocolError as error:
-            error.args = (f"{self.target.address}: {error}",)
-            self._fail(error)
-        except BaseException:
-            self._interrupted()
-            raise
-
-    def _interrupted(self) -> None:
-        """A signal handler has raised between a system call and its bookkeeping.
-
-        How far the stream is nobody knows then, and to go on would give one thread's data to
-        another.
-        """
-        self._fail(TransportError(f"{self.target.address}: interrupted during a transfer"))
-
-    def _fail(self, error: NBDError) -> None:
-        """The connection is dead: everything in flight fails with the first reason."""
-        self._dead = self._dead or error
-        self._queue.clear()
-        self._requests.clear()
-        self._turn.notify_all()
+    def _ask_extents(self, offset: int, end: int, context: str) -> Iterator[Extent]:
+        # How much to ask for at a time is learnt: few extents come of a long range mostly, but
+        # a fragmented one can have a million, and each takes a hundred bytes of memory.
+        ask = _ASK_FIRST
+        while offset < end:
+            length = self._aligned(min(ask, end - offset))
+            if not length:  # the export does not end at a block's end: not to be asked about
+                yield Extent(end - offset, 0)
+                return
+            extents = self.block_status(length, offset, contexts=(context,))[context]
+            for extent in extents:
+                part = min(extent.length, end - offset)
+                if part:
+                    yield Extent(part, extent.flags)
+                offset += part
+            if len(extents) <= _FEW_EXTENTS:
+                ask = min(ask * 4, _ASK_MOST)
+            elif len(extents) > _MANY_EXTENTS:
+                ask = max(ask // 4, _ASK_LEAST)
 
 
-def connect(target: Target | str, *, timeout: float | None = DEFAULT_TIMEOUT) -> Connection:
+def _joined(extents: Iterator[Extent]) -> Iterator[Extent]:
+    last: Extent | None = None
+    for extent in extents:
+        if last is None:
+            last = extent
+        elif last.flags == extent.flags:
+            last = Extent(last.length + extent.length, last.flags)
+        else:
+            yield last
+            last = extent
+    if last is not None:
+        yield last
+
+
+def connect(
+    target: Target | str,
+    *,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    contexts: Sequence[str] = (ALLOCATION_CONTEXT,),
+    style: HeaderStyle = HeaderStyle.EXTENDED,
+) -> Connection:
     """Connect to an export, to be used in a `with` block.
 
     Args:
         target: an NBD URI, `host[:port][/export]`, or a `Target`.
         timeout: seconds for connection and handshake together, or None for ever.
+        contexts: the metadata contexts to select, if the export has them.
+        style: the richest headers to ask for; servers that do not know them get simpler ones.
 
     Raises:
         ConfigError: the target makes no sense.
         TransportError, RemoteProtocolError, OptionError: no such export to be had there.
     """
     place = Target.parse(target) if isinstance(target, str) else target
-    sock, export = negotiate(place, timeout=timeout)
+    sock, export = negotiate_best(place, timeout=timeout, contexts=contexts, style=style)
     return Connection(place, sock, export)

@@ -2,16 +2,17 @@
 
 `negotiate` is the whole of it for a socket that will go to the kernel: it never asks for
 structured replies or extended headers, which the kernel's driver does not understand
-(`drivers/block/nbd.c` knows the simple reply magic only). `Negotiation` is the same
-conversation in steps, for those who want to look around first.
+(`drivers/block/nbd.c` knows the simple reply magic only). `negotiate_best` asks for all that
+this client understands. `Negotiation` is the same conversation in steps, for those who want to
+look around first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -22,12 +23,14 @@ from nbdlink.errors import (
     TransportError,
 )
 from nbdlink.protocol.constants import (
+    ALLOCATION_CONTEXT,
     DEFAULT_MAXIMUM_PAYLOAD,
     DEFAULT_MINIMUM_BLOCK,
     DEFAULT_PREFERRED_BLOCK,
     ClientFlag,
     Command,
     HandshakeFlag,
+    HeaderStyle,
     InfoType,
     Option,
     OptionReply,
@@ -90,6 +93,8 @@ class NegotiatedExport:
         block_size: the size constraints that the server announced, or None.
         canonical_name: the server's own name for it, or None if not told.
         description: words for people; empty if there are none.
+        style: which headers requests and replies have.
+        contexts: the metadata contexts that were selected, and their ids on this connection.
     """
 
     name: str
@@ -98,6 +103,8 @@ class NegotiatedExport:
     block_size: BlockSizeInfo | None = None
     canonical_name: str | None = None
     description: str = ""
+    style: HeaderStyle = HeaderStyle.SIMPLE
+    contexts: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def minimum_block(self) -> int:
@@ -122,7 +129,13 @@ class NegotiatedExport:
     @property
     def rules(self) -> RequestRules:
         """The rules that requests to this export obey."""
-        return RequestRules(self.size, self.flags, self.minimum_block, self.maximum_payload)
+        return RequestRules(
+            self.size,
+            self.flags,
+            self.minimum_block,
+            self.maximum_payload,
+            has_contexts=bool(self.contexts),
+        )
 
 
 class Negotiation:
@@ -130,7 +143,7 @@ class Negotiation:
 
     Attributes:
         target: where the connection leads.
-        structured: whether structured replies have been agreed on.
+        fixed: whether the server speaks fixed newstyle, so that options can be asked.
     """
 
     def __init__(self, target: Target, *, timeout: float | None = DEFAULT_TIMEOUT) -> None:
@@ -151,7 +164,7 @@ class Negotiation:
                 hint="use nbd:// where the network is trusted",
             )
         self.target = target
-        self.structured = False
+        self._selected: tuple[str, dict[str, int]] = ("", {})
         self._deadline = Deadline(timeout)
         self._machine = Handshake(Role.CLIENT)
         self._socket = stream.connect(target, self._deadline)
@@ -163,6 +176,36 @@ class Negotiation:
         except BaseException:
             self._socket.close()
             raise
+
+    @classmethod
+    def best(
+        cls,
+        target: Target,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        style: HeaderStyle = HeaderStyle.EXTENDED,
+    ) -> Self:
+        """Connect and agree on the richest headers, up to `style`, that the server knows.
+
+        Some servers hang up on options that they do not know; they are asked for nothing on a
+        second connection.
+
+        Raises:
+            TransportError, RemoteProtocolError, ConfigError: as the constructor.
+        """
+        deadline = Deadline(timeout)
+        negotiation = cls(target, timeout=timeout)
+        try:
+            negotiation.request_best(style)
+        except (TransportError, RemoteProtocolError):
+            negotiation.close()
+            with contextlib.suppress(TimeoutError):
+                return cls(target, timeout=deadline.left())
+            raise
+        except BaseException:
+            negotiation.close()
+            raise
+        return negotiation
 
     def __enter__(self) -> Self:
         return self
@@ -204,28 +247,73 @@ class Negotiation:
                 if reply.reply == OptionReply.SERVER
             ]
 
+    @property
+    def style(self) -> HeaderStyle:
+        """Which headers have been agreed on so far."""
+        return self._machine.style
+
+    def request_extended_headers(self) -> bool:
+        """Agree on extended headers, if the server knows them; never for the kernel."""
+        return self._agree(Option.EXTENDED_HEADERS)
+
     def request_structured_replies(self) -> bool:
         """Agree on structured replies, if the server knows them; never for the kernel."""
-        try:
-            self._ask(OptionRequest(Option.STRUCTURED_REPLY))
-        except OptionError:
-            return False
-        self.structured = True
-        return True
+        return self._agree(Option.STRUCTURED_REPLY)
 
-    def list_meta_contexts(self, name: str | None = None) -> list[str]:
-        """Ask which metadata contexts an export has; none without structured replies."""
-        request = MetaContextRequest(self._name(name))
+    def request_best(self, style: HeaderStyle = HeaderStyle.EXTENDED) -> HeaderStyle:
+        """Agree on the richest headers, up to `style`, that the server knows; give them."""
+        if style == HeaderStyle.EXTENDED and self.request_extended_headers():
+            return style
+        if style >= HeaderStyle.STRUCTURED:
+            self.request_structured_replies()
+        return self.style
+
+    def list_meta_contexts(self, name: str | None = None, queries: Sequence[str] = ()) -> list[str]:
+        """Ask which metadata contexts an export has.
+
+        Args:
+            name: the export, or None for the target's.
+            queries: names or wildcards (`base:`); none of them asks for all there are.
+
+        Returns:
+            Their names; none where the server does not tell, as without structured replies.
+        """
+        request = MetaContextRequest(self._name(name), tuple(queries))
         try:
-            replies = self._ask(OptionRequest(Option.LIST_META_CONTEXT, request.pack()))
+            found = self._contexts(Option.LIST_META_CONTEXT, request)
         except OptionError:
             return []
-        with self._naming_the_server():
-            return [
-                MetaContext.parse(reply.data).name
-                for reply in replies
-                if reply.reply == OptionReply.META_CONTEXT
-            ]
+        return [context.name for context in found]
+
+    def set_meta_contexts(self, queries: Sequence[str], name: str | None = None) -> dict[str, int]:
+        """Select metadata contexts, in place of those selected before.
+
+        They hold if `go` chooses the same export afterwards.
+
+        Args:
+            queries: the contexts' names.
+            name: the export, or None for the target's.
+
+        Returns:
+            The name and the id of each context that the server has.
+
+        Raises:
+            LocalProtocolError: neither structured replies nor extended headers were agreed on.
+            RemoteProtocolError: the server gave two of them the same id.
+        """
+        name = self._name(name)
+        self._selected = (name, {})
+        try:
+            found = self._contexts(
+                Option.SET_META_CONTEXT, MetaContextRequest(name, tuple(queries))
+            )
+        except OptionError:
+            return {}
+        selected = {context.name: context.id for context in found}
+        if len({*selected.values()}) < len(found):
+            raise self._named(RemoteProtocolError("the server selected a metadata context twice"))
+        self._selected = (name, selected)
+        return dict(selected)
 
     def info(self, name: str | None = None) -> NegotiatedExport:
         """Ask about an export without choosing it.
@@ -246,14 +334,15 @@ class Negotiation:
         name = self._name(name)
         if self.fixed:
             try:
-                return self._info_or_go(Option.GO, name)
+                return self._agreed(self._info_or_go(Option.GO, name))
             except OptionError as error:
-                if error.reply != OptionReply.ERR_UNSUP:
+                # Extended headers come with GO only ("Option types", NBD_OPT_EXTENDED_HEADERS).
+                if error.reply != OptionReply.ERR_UNSUP or self.style == HeaderStyle.EXTENDED:
                     raise
         self._send(OptionRequest(Option.EXPORT_NAME, pack_export_name(name)))
         answer = self._receive()
         assert isinstance(answer, ExportNameAnswer)
-        return NegotiatedExport(name, answer.size, answer.flags)
+        return self._agreed(NegotiatedExport(name, answer.size, answer.flags))
 
     def detach_socket(self) -> socket.socket:
         """Take the socket over once `go` has begun transmission; it is blocking again.
@@ -274,6 +363,27 @@ class Negotiation:
 
     def _name(self, name: str | None) -> str:
         return self.target.export if name is None else name
+
+    def _agree(self, option: Option) -> bool:
+        try:
+            self._ask(OptionRequest(option))
+        except OptionError:
+            return False
+        return True
+
+    def _contexts(self, option: Option, request: MetaContextRequest) -> list[MetaContext]:
+        replies = self._ask(OptionRequest(option, request.pack()))
+        with self._naming_the_server():
+            return [
+                MetaContext.parse(reply.data)
+                for reply in replies
+                if reply.reply == OptionReply.META_CONTEXT
+            ]
+
+    def _agreed(self, export: NegotiatedExport) -> NegotiatedExport:
+        """Add what was agreed on before the export was chosen."""
+        name, contexts = self._selected
+        return replace(export, style=self.style, contexts=contexts if name == export.name else {})
 
     def _info_or_go(self, option: Option, name: str) -> NegotiatedExport:
         request = ExportRequest(name, tuple(_ASKED))
@@ -392,3 +502,40 @@ def negotiate(
     with Negotiation(target, timeout=timeout) as negotiation:
         export = negotiation.go()
         return negotiation.detach_socket(), export
+
+
+def negotiate_best(
+    target: Target,
+    *,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    contexts: Sequence[str] = (ALLOCATION_CONTEXT,),
+    style: HeaderStyle = HeaderStyle.EXTENDED,
+) -> tuple[socket.socket, NegotiatedExport]:
+    """Connect to `target`'s export with all that server and client both understand.
+
+    Args:
+        target: server and export.
+        timeout: seconds for connection and handshake together, or None for ever.
+        contexts: the metadata contexts to select, if the export has them.
+        style: the richest headers to ask for.
+
+    Returns:
+        The connected, blocking socket, which the caller owns, and what the server said.
+
+    Raises:
+        TransportError, RemoteProtocolError, OptionError, ConfigError: see `Negotiation`.
+    """
+    deadline = Deadline(timeout)
+    with Negotiation.best(target, timeout=timeout, style=style) as negotiation:
+        try:
+            if negotiation.style != HeaderStyle.SIMPLE and contexts:
+                negotiation.set_meta_contexts(contexts)
+        except (TransportError, RemoteProtocolError) as error:
+            failure = error
+        else:
+            export = negotiation.go()
+            return negotiation.detach_socket(), export
+    # As in `Negotiation.best`. If it was something else, the second attempt will say so.
+    with contextlib.suppress(TimeoutError):
+        return negotiate(target, timeout=deadline.left())
+    raise failure

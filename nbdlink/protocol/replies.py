@@ -55,6 +55,11 @@ _STAGE: Final = 64 * 1024
 _LARGE: Final = 16 * 1024
 """Bytes from which a read's data may not be copied."""
 
+# Plain integers: an operator of IntFlag is a Python function that takes a microsecond.
+_DONE: Final = int(ReplyFlag.DONE)
+_DF: Final = int(CommandFlag.DF)
+_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
+
 _ZEROES: Final = memoryview(bytes(256 * 1024))
 
 
@@ -294,7 +299,7 @@ class ChunkReader(ReplyReader[_Request]):
             raise RemoteProtocolError(
                 f"a reply says that the request was at {asked} instead of {request.offset}"
             )
-        final = bool(flags & ReplyFlag.DONE)
+        final = bool(flags & _DONE)
         if kind == ReplyType.OFFSET_DATA:
             if have < size + OFFSET.size:
                 if length <= OFFSET.size:
@@ -355,7 +360,7 @@ class ChunkReader(ReplyReader[_Request]):
                 f"the server sent {length} bytes at {offset} in reply to a read of "
                 f"{request.length} bytes at {request.offset}"
             )
-        if request.flags & CommandFlag.DF and request.edges:
+        if request.flags & _DF and request.edges:
             raise RemoteProtocolError("the server split a reply that it was told not to split")
         self._cover(request, offset, offset + length)
         at = offset - request.offset
@@ -432,7 +437,7 @@ class ChunkReader(ReplyReader[_Request]):
         if status.context in request.status:
             raise RemoteProtocolError(f"the server told context {status.context} twice")
         extents = status.extents
-        if request.flags & CommandFlag.REQ_ONE:
+        if request.flags & _REQ_ONE:
             if len(extents) > 1 or extents[0].length > request.length:
                 raise RemoteProtocolError("the server told more than the one extent asked for")
         elif len(extents) > 1 and _total(extents[:-1]) >= request.length:

@@ -47,12 +47,21 @@ _FLAGS_OF_COMMAND: Final[dict[int, CommandFlag]] = {
     Command.BLOCK_STATUS: CommandFlag.FUA | CommandFlag.REQ_ONE,
 }
 
+# Plain integers, here and below: an operator of IntFlag is a Python function, which takes a
+# microsecond.
 _NEEDS: Final[dict[int, int]] = {
-    Command.FLUSH: TransmissionFlag.SEND_FLUSH,
-    Command.TRIM: TransmissionFlag.SEND_TRIM,
-    Command.WRITE_ZEROES: TransmissionFlag.SEND_WRITE_ZEROES,
-    Command.CACHE: TransmissionFlag.SEND_CACHE,
+    Command.FLUSH: int(TransmissionFlag.SEND_FLUSH),
+    Command.TRIM: int(TransmissionFlag.SEND_TRIM),
+    Command.WRITE_ZEROES: int(TransmissionFlag.SEND_WRITE_ZEROES),
+    Command.CACHE: int(TransmissionFlag.SEND_CACHE),
 }
+
+_OFFERED_BY: Final = (
+    (int(CommandFlag.FUA), int(TransmissionFlag.SEND_FUA)),
+    (int(CommandFlag.FAST_ZERO), int(TransmissionFlag.SEND_FAST_ZERO)),
+    (int(CommandFlag.DF), int(TransmissionFlag.SEND_DF)),
+)
+_READ_ONLY: Final = int(TransmissionFlag.READ_ONLY)
 
 _WRITES: Final = frozenset({Command.WRITE, Command.TRIM, Command.WRITE_ZEROES})
 _HAS_PAYLOAD_LENGTH: Final = frozenset({Command.READ, Command.WRITE})
@@ -173,21 +182,18 @@ class RequestRules:
         # Plain integers: the complement of an IntFlag would leave unknown bits out.
         allowed = int(_FLAGS_OF_COMMAND[command])
         has = int(self.flags)
-        if not has & TransmissionFlag.SEND_FUA:
-            allowed &= ~int(CommandFlag.FUA)
-        if not has & TransmissionFlag.SEND_FAST_ZERO:
-            allowed &= ~int(CommandFlag.FAST_ZERO)
-        if not has & TransmissionFlag.SEND_DF:
-            allowed &= ~int(CommandFlag.DF)
+        for flag, offered in _OFFERED_BY:
+            if not has & offered:
+                allowed &= ~flag
         if flags & ~allowed or _NEEDS.get(command, 0) & ~has:
             # A read-only export offers neither trim nor zeroes; the error a person can act on
             # is the one about writing.
-            if command in _WRITES and has & TransmissionFlag.READ_ONLY:
+            if command in _WRITES and has & _READ_ONLY:
                 return Error.EPERM
             return Error.EINVAL
         if command == Command.FLUSH:
             return 0 if offset == 0 and length == 0 else Error.EINVAL
-        if command in _WRITES and has & TransmissionFlag.READ_ONLY:
+        if command in _WRITES and has & _READ_ONLY:
             return Error.EPERM
         if offset + length > self.size:
             return Error.EINVAL if command not in _GROWS else Error.ENOSPC

@@ -207,7 +207,7 @@ class Transmission:
         quick_read, quick_write = short, whole
         nowait = self._nowait
         limit = _INBOX  # bytes that are received at most
-        patience = 0
+        patience, penalty = 0, 1  # inboxes that are left to the workers, and how many next time
         armed = False  # whether a receive gives up after _IDLE seconds
         requests = bytes_read = bytes_written = 0
         start, end = 0, len(self._trailing)
@@ -334,15 +334,19 @@ class Transmission:
                 session.bytes_written += bytes_written
                 requests = bytes_read = bytes_written = 0
 
-                if began and monotonic() - began > _SLOW and (quick_write >= 0 or not nowait):
-                    # Writing blocks, as too much waits to be written back, or reading does, where
-                    # the file system cannot tell whether it will. Leave both to the workers.
-                    patience, whole = _PATIENCE, -1
-                    short = short if nowait else 0
-                elif patience:
+                if patience:
                     patience -= 1
                     if not patience:
                         short, whole = quick_read, quick_write
+                elif began and (quick_write >= 0 or not nowait):
+                    if monotonic() - began > _SLOW:
+                        # Writing blocks, as too much waits to be written back, or reading does,
+                        # where the file system cannot tell whether it will. Leave both to the
+                        # workers, for longer each time: once may have been a busy processor.
+                        patience, penalty = penalty, min(2 * penalty, _PATIENCE)
+                        whole, short = -1, short if nowait else 0
+                    elif penalty > 1:
+                        penalty -= 1
 
                 limit = _INBOX
                 if longest > _WHOLE and quick_write >= 0 and not patience:

@@ -1,10 +1,17 @@
 """The service around the sessions: listeners, threads, signals and a graceful end.
 
 How it works. One thread accepts; each client has a thread of its own, in which nothing that
-goes wrong can reach another client. To stop, the accepting thread closes the listeners, lets
-every session answer the requests that have arrived, breaks off those that take longer than
-the grace, makes the storages durable and closes them. The main thread of a program only waits
-for signals meanwhile, so that a second one is heard whatever the first is waiting for.
+goes wrong can reach another client. To stop, the accepting thread
+
+  1. tells every client in transmission to finish the requests that have arrived, and goes on
+     to accept meanwhile: newcomers, and those in their handshake, are answered "shutting
+     down", which tells their users more than a refused connection;
+  2. once the last of them has left, or the grace is over, closes the listeners and breaks off
+     the handshakes, which nothing depends on;
+  3. breaks off who is still there, makes the storages durable and closes them.
+
+The main thread of a program only waits for signals meanwhile, so that a second one is heard
+whatever the first is waiting for.
 """
 
 from __future__ import annotations
@@ -12,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import math
 import os
 import selectors
 import signal
@@ -27,7 +35,7 @@ from nbdlink.errors import NBDError, RemoteProtocolError, TransportError
 from nbdlink.server import negotiate
 from nbdlink.server.engine import Transmission
 from nbdlink.server.export import Catalogue, Export
-from nbdlink.server.sessions import Phase, Session, Sessions
+from nbdlink.server.sessions import Phase, Session, Sessions, most_connections
 from nbdlink.storage.base import Storage
 from nbdlink.storage.raw import RawStorage
 from nbdlink.transport import stream
@@ -43,8 +51,12 @@ _CHANGED_ITS_MIND: Final = frozenset({errno.EAGAIN, errno.ECONNABORTED, errno.EP
 """How accepting fails if the client is gone before it could be accepted."""
 _PAUSE: Final = 1.0
 """Seconds without accepting after the system ran out of descriptors or memory."""
+_ABORT_GRACE: Final = 0.2
+"""Seconds for tidying up after the second signal."""
 _CUT_GRACE: Final = 1.0
 """Seconds that a thread has to notice that its connection has been broken off."""
+_REMINDER: Final = 60.0
+"""Seconds after which it is said again that there are too many clients."""
 
 
 class Service:
@@ -68,7 +80,8 @@ class Service:
         shared: int = 0,
         negotiation_timeout: float = negotiate.DEFAULT_TIMEOUT,
         grace: float = DEFAULT_GRACE,
-        unlink: bool = True,
+        inherited: bool = False,
+        on_stopping: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare a service; nothing is accepted before it starts.
 
@@ -80,21 +93,28 @@ class Service:
                 accepted; 0 for any number.
             negotiation_timeout: seconds that a client has for its handshake.
             grace: seconds that requests in flight have to finish at the end.
-            unlink: whether the paths of Unix sockets are removed at the end.
+            inherited: whether the listeners belong to somebody who keeps them (socket
+                activation). Then the paths of Unix sockets stay, and who comes while the
+                service stops is left to its successor.
+            on_stopping: called once it begins to stop, in a thread of the service.
         """
         self.catalogue = catalogue
-        self.sessions = Sessions(shared, on_removed=self._wake_up)
+        self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
         self.addresses = [_address(sock) for sock in listeners]
         self._listeners = list(listeners)
-        self._paths = [_socket_file(sock) for sock in listeners] if unlink else []
+        self._inherited = inherited
+        self._paths = [] if inherited else [_socket_file(sock) for sock in listeners]
         self._once = once
         self._served = False
         self._negotiation_timeout = negotiation_timeout
         self._grace = grace
+        self._grace_ends = math.inf
+        self._on_stopping = on_stopping
         self._stopping = False
         self._aborting = False
         self._done = False
         self._paused_until = 0.0
+        self._reminded = -math.inf
         # Rung to make the accepting thread look up, and the one that runs in `run`; no
         # descriptor (-1) before and after.
         self._wake = self._finished = -1
@@ -162,7 +182,12 @@ class Service:
         before = [(number, signal.signal(number, caught)) for number in numbers]
         try:
             self.start()
-            ready()
+            try:
+                ready()
+            except BaseException:
+                self.stop()
+                self.join()
+                raise
             # One read may be rung for by several at once: look at everything each time.
             while not self._done:
                 # Not os.eventfd_read, which gives up when a signal comes (EINTR) where os.read
@@ -171,7 +196,7 @@ class Service:
                 if len(signals) > 1:
                     _log.warning("told to stop twice: breaking off")
                     self.abort()
-                    self.join(_CUT_GRACE)
+                    self.join(_ABORT_GRACE)
                     return 1
                 if signals and not self._stopping:
                     _log.info("told to stop by %s", signal.Signals(signals[0]).name)
@@ -222,19 +247,26 @@ class Service:
             os.eventfd_write(self._finished, 1)
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
+        """Take clients in until there is nobody left to wait for at the end."""
         selector.register(self._wake, selectors.EVENT_READ)
         listening = False
-        while not self._stopping:
-            pause = self._paused_until - time.monotonic()
+        while not self._is_over():
+            now = time.monotonic()
             # Whoever is not accepted waits in the kernel's queue, as with qemu-nbd.
-            if listening != (ready := pause <= 0 and self.sessions.has_room()):
+            ready = now >= self._paused_until and self.sessions.has_room()
+            if self._stopping and self._inherited:
+                ready = False
+            if listening != ready:
                 for sock in self._listeners:
                     if ready:
                         selector.register(sock, selectors.EVENT_READ)
                     else:
                         selector.unregister(sock)
                 listening = ready
-            for key, _ in selector.select(pause if pause > 0 else None):
+            until = self._grace_ends
+            if now < self._paused_until:
+                until = min(until, self._paused_until)
+            for key, _ in selector.select(None if until == math.inf else max(0, until - now)):
                 if key.fileobj == self._wake:
                     os.eventfd_read(self._wake)
                     self._paused_until = 0.0  # somebody left, so there may be descriptors
@@ -242,7 +274,35 @@ class Service:
                     self._accept_one(key.fileobj)
             if self._once and self._served and not len(self.sessions):
                 _log.info("the last client has gone")
-                return
+                self._stopping = True
+
+    def _is_over(self) -> bool:
+        """Tell whether there is nobody left to wait for; begin the end after a `stop`."""
+        if not self._stopping:
+            return False
+        self._begin_to_end()
+        is_late = time.monotonic() >= self._grace_ends
+        return self._aborting or is_late or not self.sessions.in_transmission()
+
+    def _begin_to_end(self) -> None:
+        if self._grace_ends == math.inf:
+            self._grace_ends = time.monotonic() + self._grace
+            self.sessions.end()
+            self._on_stopping()
+
+    def _make_room(self, newcomer: Session) -> None:
+        """Keep a place free, so that who only holds a connection open locks nobody out."""
+        slowest = self.sessions.make_room(newcomer)
+        if slowest is not None:
+            _log.debug("%s: broken off in its handshake to make room", slowest.peer)
+        if time.monotonic() - self._reminded < _REMINDER:
+            return
+        self._reminded = time.monotonic()
+        _log.warning(
+            "%d connections are open, as many as descriptors and threads are kept for: %s",
+            len(self.sessions),
+            "newcomers wait" if slowest is None else "the slowest handshakes are broken off",
+        )
 
     def _accept_one(self, listener: socket.socket) -> None:
         try:
@@ -266,6 +326,8 @@ class Service:
             self.sessions.remove(session)
             sock.close()
             self._paused_until = time.monotonic() + _PAUSE
+        if len(self.sessions) >= self.sessions.bound:
+            self._make_room(session)
 
     # One client, in a thread of its own.
 
@@ -274,6 +336,8 @@ class Service:
             self._converse(session)
         except RemoteProtocolError as error:
             _log.warning("%s: hung up on: %s", session.peer, error)
+            if session.phase is Phase.TRANSMISSION:
+                session.take_leave()  # there may be an answer under way that tells why
         except TransportError as error:
             _log.info("%s: lost in the handshake: %s", session.peer, error)
         except NBDError as error:
@@ -298,15 +362,18 @@ class Service:
     def _converse(self, session: Session) -> None:
         stream.tune(session.sock)
         deadline = Deadline(self._negotiation_timeout)
-        negotiated = negotiate.negotiate(session.sock, self.catalogue, deadline)
+        negotiated = negotiate.negotiate(
+            session.sock, self.catalogue, deadline, is_closing=lambda: self._stopping
+        )
         if negotiated is None:
             _log.debug("%s: left without choosing an export", session.peer)
             return
-        session.export = negotiated.export.name
-        session.phase = Phase.TRANSMISSION
+        self.sessions.begin_transmission(session, negotiated.export.name)
         _log.info("%s: connected to export %r", session.peer, session.export)
         how = Transmission(session, negotiated).run()
         _log.info("%s: %s after %d requests", session.peer, how, session.requests)
+        if session.ending:
+            session.take_leave()
 
     # The end.
 
@@ -318,10 +385,13 @@ class Service:
             with contextlib.suppress(OSError):
                 if path.lstat().st_ino == inode:
                     path.unlink()
+        self._begin_to_end()
         threads = self.sessions.threads()
-        self.sessions.end()
-        if not self.sessions.wait_until_empty(self._grace, lambda: self._aborting):
-            _log.warning("%d clients did not finish and are broken off", len(self.sessions))
+        self.sessions.cut(Phase.HANDSHAKE)
+        grace = max(0, self._grace_ends - time.monotonic())
+        if not self.sessions.wait_until_empty(grace, lambda: self._aborting):
+            if (count := self.sessions.in_transmission()) > 0:
+                _log.warning("%d clients did not finish and are broken off", count)
             self.sessions.cut()
             self.sessions.wait_until_empty(_CUT_GRACE, lambda: False)
         deadline = time.monotonic() + _CUT_GRACE

@@ -97,12 +97,12 @@ class Session:
     def end(self) -> None:
         """Let the session finish the requests that have arrived, and no more.
 
-        A session that is busy calls `hear_no_more` itself, at its next idle moment. It sets
-        `idle` before it looks at `ending`, and here it is the other way round, so at least
-        one of the two sees the other's mark.
+        A session that is busy, or about to be, sees for itself that it is ending, at its next
+        idle moment. It sets `idle` before it looks at `ending`, and here it is the other way
+        round, so at least one of the two sees the other's mark.
         """
         self.ending = True
-        if self.idle:
+        if self.idle and not self.arrived():
             self.hear_no_more()
 
     def arrived(self) -> int:

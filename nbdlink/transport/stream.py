@@ -16,7 +16,8 @@ from pathlib import Path
 from nbdlink.errors import ConfigError, TransportError
 from nbdlink.uri import Target
 
-BACKLOG = 128
+BACKLOG = 1024
+"""Clients that may wait to be accepted; the kernel's net.core.somaxconn may allow fewer."""
 
 KEEPALIVE_IDLE = 30
 KEEPALIVE_INTERVAL = 10

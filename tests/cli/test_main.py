@@ -65,7 +65,7 @@ def test_a_wrong_command_line_ends_with_2(words, capsys):
         (["serve", "/"], 1, "is a directory"),
         (["serve", "x=", "y"], 2, "names no storage"),
         (["serve", "a", "b", "-x", "c"], 2, "for a single storage"),
-        (["serve", "a", "-p", "65536"], 1, "cannot be opened"),
+        (["serve", "a", "-p", "65536"], 2, "65536 is not a port"),
         (["serve", "a", "-e", "-1"], 2, "cannot be negative"),
         (["serve", "a", "--negotiation-timeout", "0"], 2, "is not a time in seconds"),
         (["serve", "a", "-o", "-5"], 2, "is not a size"),

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import resource
+import select
 import signal
+import socket
+import stat
+import struct
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +22,8 @@ import nbdlink
 from nbdlink.client.negotiate import Negotiation
 from nbdlink.errors import LocalProtocolError
 from nbdlink.uri import Target
+
+from .programs import end, run, serving
 
 SIZE = 1 << 20
 
@@ -23,27 +33,6 @@ def image(tmp_path):
     path = tmp_path / "disk.img"
     path.write_bytes(os.urandom(SIZE))
     return path
-
-
-@contextlib.contextmanager
-def serving(*words, lines=1, **options):
-    """Run `nbdlink serve` and give the process, and the first lines that it prints."""
-    command = [sys.executable, "-m", "nbdlink", "serve", *map(str, words)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-    try:
-        yield process, [process.stdout.readline().strip() for _ in range(lines)]
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def end(process, number=signal.SIGTERM):
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err
 
 
 def test_a_file_is_the_default_export_and_its_uri_is_printed(image):
@@ -160,3 +149,162 @@ def test_clients_are_reported_on_request(image, tmp_path):
         status, log = end(process)
     assert status == 0
     assert "connected to export ''" in log
+
+
+# Who asks while it stops, and who waits to get in: real clients.
+
+
+@contextlib.contextmanager
+def slow_client(path):
+    """Be in the middle of a write, for which a stop waits; give the way to finish it."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        sock.sendall(b"\0\0\0\3" + b"IHAVEOPT" + struct.pack(">IIIH", 7, 6, 0, 0))
+        received = b""
+        while not received.endswith(struct.pack(">QIII", 0x0003E889045565A9, 7, 1, 0)):
+            received += sock.recv(4096)
+        flush = struct.pack(">IHHQQI", 0x25609513, 0, 3, 6, 0, 0)
+        sock.sendall(flush + struct.pack(">IHHQQI", 0x25609513, 0, 1, 7, 0, 4096) + b"half")
+        # The answer to the one tells that the server has heard of the other.
+        assert sock.recv(16) == struct.pack(">IIQ", 0x67446698, 0, 6)
+
+        def finish():
+            sock.sendall(bytes(4092))
+            assert sock.recv(16) == struct.pack(">IIQ", 0x67446698, 0, 7)
+
+        yield finish
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["nbdinfo"], "after transport endpoint shutdown"),  # libnbd's words for ESHUTDOWN
+        (["qemu-img", "info"], "server reported: the server is shutting down"),
+        ([sys.executable, "-m", "nbdlink", "info"], "the server is shutting down"),
+    ],
+    ids=["nbdinfo", "qemu-img", "nbdlink"],
+)
+def test_a_newcomer_is_told_that_the_server_is_stopping(image, tmp_path, command, says):
+    path = tmp_path / "socket"
+    with serving("-v", "-k", path, image) as (process, (line,)):
+        with slow_client(path) as finish:
+            process.send_signal(signal.SIGTERM)
+            assert any("told to stop" in said for said in process.stderr)
+            done = run(*command, line.split(" is ")[0])
+            assert process.poll() is None
+            finish()
+        assert process.wait(60) == 0
+    assert done.returncode != 0
+    assert says in done.stderr
+
+
+LIBNBD_CLIENT = """
+import sys, nbd
+h = nbd.NBD()
+h.connect_uri(sys.argv[1])
+print(len(h.pread(512, 0)), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def libnbd_client(uri):
+    """Connect with libnbd, and stay until the end of the block or until told to go."""
+    python = "/usr/bin/python3"  # where distributions put libnbd's module
+    if run(python, "-c", "import nbd").returncode:
+        pytest.skip("libnbd's Python module is not installed")
+    process = subprocess.Popen(
+        [python, "-c", LIBNBD_CLIENT, uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said_within(process, seconds):
+    return bool(select.select([process.stdout], [], [], seconds)[0])
+
+
+@pytest.mark.interop
+def test_a_client_beyond_the_limit_gets_in_when_another_leaves(image, tmp_path):
+    with serving("-e", 2, "-k", tmp_path / "socket", image) as (_, (line,)):
+        uri = line.split(" is ")[0]
+        with libnbd_client(uri) as one, libnbd_client(uri) as two:
+            assert one.stdout.readline() == two.stdout.readline() == "512\n"
+            with libnbd_client(uri) as three:
+                assert not said_within(three, 0.3), "the third of two clients was let in"
+                one.stdin.close()
+                assert three.stdout.readline() == "512\n"
+
+
+@pytest.mark.interop
+def test_once_with_a_limit_ends_after_the_last_of_the_waiting(image, tmp_path):
+    words = ["--once", "-e", 1, "-k", tmp_path / "socket", image]
+    with serving(*words) as (process, (line,)):
+        uri = line.split(" is ")[0]
+        with libnbd_client(uri) as one, libnbd_client(uri) as two:
+            assert one.stdout.readline() == "512\n"
+            assert process.poll() is None
+            one.stdin.close()
+            if two.stdout.readline():  # unless the server ended between the two
+                two.stdin.close()
+        assert process.wait(60) == 0
+
+
+@pytest.mark.interop
+def test_connections_that_never_speak_lock_nobody_out(image):
+    limits = (50, 200)
+    words = ["-p", 0, "-b", "127.0.0.1", "--negotiation-timeout", 3600, image]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+    with (
+        serving(*words, preexec_fn=limit) as (process, (line,)),
+        contextlib.ExitStack() as stack,
+    ):
+        uri = line.split(" is ")[0]
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (200, 200)
+        address = ("127.0.0.1", Target.parse(uri).port)
+        for _ in range(300):
+            stack.enter_context(socket.create_connection(address))
+        done = run("nbdinfo", "--size", uri)
+        assert done.stdout.strip() == str(SIZE), done.stderr
+
+
+# What it is started with.
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o117])
+def test_a_sockets_permissions_are_the_umasks(image, tmp_path, umask):
+    # As with qemu-nbd: who may write to the socket may connect.
+    path = tmp_path / "socket"
+    with serving("-k", path, image, umask=umask):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~umask
+
+
+def test_closed_standard_streams_do_no_harm(image, tmp_path):
+    path = tmp_path / "socket"
+    content = image.read_bytes()
+    words = [sys.executable, "-m", "nbdlink", "serve", "-vv", "-k", str(path), str(image)]
+    with subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]) as process:
+        try:
+            with nbdlink.connect(connectable(path)) as nbd:
+                assert nbd.pread(SIZE, 0) == content
+            for number in range(3):
+                assert Path(f"/proc/{process.pid}/fd/{number}").readlink() == Path("/dev/null")
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+    assert image.read_bytes() == content
+
+
+def connectable(path):
+    """Wait until somebody listens on a Unix socket; nothing else tells it here."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            return Target(socket=str(path))
+        time.sleep(0.01)
+    raise AssertionError(f"nobody listens on {path}")

@@ -241,13 +241,13 @@ def test_threads_share_a_connection(liar):
 def test_an_interrupted_transfer_ends_the_connection(liar, monkeypatch):
     # As a signal handler does that raises after the bytes were taken and before they count.
     with nbdlink.connect(liar(serving(answer)).target) as nbd:
-        received = nbd._reader.received
+        received = nbd._pipeline._reader.received
 
         def interrupted(count):
-            monkeypatch.setattr(nbd._reader, "received", received)
+            monkeypatch.setattr(nbd._pipeline._reader, "received", received)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(nbd._reader, "received", interrupted)
+        monkeypatch.setattr(nbd._pipeline._reader, "received", interrupted)
         with pytest.raises(KeyboardInterrupt):
             nbd.pread(10, 0)
         with pytest.raises(NBDError, match="interrupted during a transfer"):

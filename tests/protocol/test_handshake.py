@@ -16,6 +16,7 @@ from nbdlink.protocol.constants import (
     MAX_OPTIONS,
     ClientFlag,
     HandshakeFlag,
+    HeaderStyle,
     Option,
     OptionReply,
     TransmissionFlag,
@@ -407,3 +408,58 @@ def test_an_answer_to_export_name_may_arrive_in_pieces():
     pair.say(pair.client, OptionRequest(Option.EXPORT_NAME, b"x"))
     answer = ExportNameAnswer(5, TransmissionFlag(1))
     assert pair.say(pair.server, answer) == [answer]
+
+
+@pytest.mark.parametrize(
+    ("options", "style"),
+    [
+        ([], HeaderStyle.SIMPLE),
+        ([Option.STRUCTURED_REPLY], HeaderStyle.STRUCTURED),
+        ([Option.EXTENDED_HEADERS], HeaderStyle.EXTENDED),
+        ([Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS], HeaderStyle.EXTENDED),
+        ([Option.EXTENDED_HEADERS, Option.STRUCTURED_REPLY], HeaderStyle.EXTENDED),
+    ],
+)
+def test_the_richest_headers_that_were_acknowledged_win(options, style):
+    pair = Pair().open()
+    for option in options:
+        pair.say(pair.client, OptionRequest(option))
+        pair.say(pair.server, Reply(option, OptionReply.ACK))
+    assert pair.client.style == pair.server.style == style
+
+
+def test_refused_headers_are_not_used():
+    pair = Pair().open()
+    pair.say(pair.client, OptionRequest(Option.EXTENDED_HEADERS))
+    pair.say(pair.server, Reply(Option.EXTENDED_HEADERS, OptionReply.ERR_UNSUP))
+    assert pair.client.style == pair.server.style == HeaderStyle.SIMPLE
+
+
+def test_tls_begins_with_simple_headers_again():
+    pair = Pair().open()
+    for option in (Option.EXTENDED_HEADERS, Option.STARTTLS):
+        pair.say(pair.client, OptionRequest(option))
+        pair.say(pair.server, Reply(option, OptionReply.ACK))
+    assert pair.client.style == HeaderStyle.SIMPLE
+
+
+def test_export_name_does_not_go_with_extended_headers():
+    pair = Pair().open()
+    pair.say(pair.client, OptionRequest(Option.EXTENDED_HEADERS))
+    pair.say(pair.server, Reply(Option.EXTENDED_HEADERS, OptionReply.ACK))
+    naming = OptionRequest(Option.EXPORT_NAME, b"x")
+    with pytest.raises(LocalProtocolError, match="after extended headers"):
+        pair.client.send(naming)
+    pair.server.receive_data(naming.pack())
+    with pytest.raises(RemoteProtocolError, match="after extended headers"):
+        pair.server.next_message()
+
+
+def test_contexts_are_not_selected_before_structured_replies():
+    pair = Pair().open()
+    setting = OptionRequest(Option.SET_META_CONTEXT)
+    with pytest.raises(LocalProtocolError, match="before structured replies"):
+        pair.client.send(setting)
+    # The server hears it and answers with an error, and the negotiation goes on.
+    pair.server.receive_data(setting.pack())
+    assert pair.server.next_message() == setting

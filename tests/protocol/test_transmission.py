@@ -1,8 +1,6 @@
-"""Requests and replies: the codec, the rules, and reading replies without copying."""
+"""Requests and simple replies: the codec, and the rules."""
 
 from __future__ import annotations
-
-import struct
 
 import pytest
 from hypothesis import given
@@ -19,11 +17,9 @@ from nbdlink.protocol.constants import (
     reply_name,
 )
 from nbdlink.protocol.transmission import (
-    ReplyReader,
     RequestHeader,
     RequestRules,
     known_error,
-    pack_simple_reply,
 )
 
 F = TransmissionFlag
@@ -56,6 +52,29 @@ def test_a_request_that_does_not_fit_is_not_packed():
 def test_a_request_with_another_magic_is_refused():
     with pytest.raises(RemoteProtocolError, match="0x00000000"):
         RequestHeader.parse(bytes(28))
+
+
+@given(command=u16, cookie=u64, offset=u64, length=u64, flags=st.integers(0, 0xFFFF))
+def test_an_extended_request_comes_back(command, cookie, offset, length, flags):
+    header = RequestHeader(command, cookie, offset, length, flags)
+    back = RequestHeader.parse_extended(header.pack_extended())
+    payload = CommandFlag.PAYLOAD_LEN if command == Command.WRITE else 0
+    assert back == RequestHeader(command, cookie, offset, length, flags | payload)
+
+
+def test_an_extended_request_that_does_not_fit_is_not_packed():
+    with pytest.raises(LocalProtocolError, match="NBD_CMD_TRIM"):
+        RequestHeader(Command.TRIM, 0, 0, 1 << 64).pack_extended()
+
+
+def test_an_extended_request_with_another_magic_is_refused():
+    with pytest.raises(RemoteProtocolError, match="0x00000000"):
+        RequestHeader.parse_extended(bytes(32))
+
+
+def test_block_status_takes_selected_contexts():
+    asking = RequestRules(1 << 20, EVERYTHING, 1, 1 << 16, has_contexts=True)
+    assert asking.check(Command.BLOCK_STATUS, CommandFlag.REQ_ONE, 0, 1 << 20) == 0
 
 
 def rules(size=1 << 20, flags=EVERYTHING, minimum=1, maximum=1 << 16):
@@ -128,72 +147,6 @@ def test_every_request_gets_an_error_that_the_specification_has(command, flags, 
 @pytest.mark.parametrize(("value", "known"), [(0, 0), (5, 5), (28, 28), (1234, 22), (2, 22)])
 def test_an_unknown_error_counts_as_einval(value, known):
     assert known_error(value) == known
-
-
-def feed(reader, wire, step):
-    done = []
-    while wire:
-        place = reader.buffer()
-        count = min(len(place), step, len(wire))
-        place[:count] = wire[:count]
-        wire = wire[count:]
-        if (reply := reader.received(count)) is not None:
-            done.append(reply)
-    return done
-
-
-@given(
-    replies=st.lists(st.tuples(st.binary(max_size=50), st.booleans(), st.integers(0, 200))),
-    step=st.integers(1, 60),
-    data=st.data(),
-)
-def test_replies_are_read_in_any_order_and_split_anywhere(replies, step, data):
-    reader = ReplyReader()
-    buffers = []
-    for cookie, (payload, is_read, _) in enumerate(replies):
-        buffer = bytearray(len(payload))
-        buffers.append(buffer)
-        reader.expect(cookie, memoryview(buffer) if is_read else None)
-    order = data.draw(st.permutations(range(len(replies))))
-    wire = b""
-    for cookie in order:
-        payload, is_read, error = replies[cookie]
-        wire += pack_simple_reply(error, cookie) + (payload if is_read and not error else b"")
-    assert feed(reader, wire, step) == [(cookie, replies[cookie][2]) for cookie in order]
-    assert reader.outstanding == 0
-    for (payload, is_read, error), buffer in zip(replies, buffers, strict=True):
-        assert bytes(buffer) == (payload if is_read and not error else bytes(len(payload)))
-
-
-def test_a_reply_to_nothing_is_refused():
-    reader = ReplyReader()
-    with pytest.raises(RemoteProtocolError, match="never made"):
-        feed(reader, pack_simple_reply(0, 7), 16)
-
-
-def test_a_reply_with_another_magic_is_refused():
-    reader = ReplyReader()
-    with pytest.raises(RemoteProtocolError, match="magic"):
-        feed(reader, struct.pack(">IIQ", 0x668E33EF, 0, 0), 16)
-
-
-def test_a_cookie_in_use_cannot_be_used_again():
-    reader = ReplyReader()
-    reader.expect(1)
-    with pytest.raises(LocalProtocolError, match="in use"):
-        reader.expect(1)
-
-
-def test_the_end_of_the_stream_is_an_error_that_counts_what_is_unanswered():
-    reader = ReplyReader()
-    reader.expect(1)
-    with pytest.raises(RemoteProtocolError, match="1 requests unanswered"):
-        reader.received(0)
-
-
-def test_the_end_of_an_idle_stream_is_said_plainly():
-    with pytest.raises(RemoteProtocolError, match=r"closed the connection$"):
-        ReplyReader().received(0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from nbdlink.server import serve_in_thread
 
 from .fakes import MemoryStorage
+from .programs import Program
 
 
 @pytest.fixture
@@ -63,3 +64,17 @@ def serve(tmp_path, nothing_leaks):
 def service(serve, storage):
     """A service with one export, named by the empty name."""
     return serve({"": storage})
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Run services in processes of their own until the test ends; give each as it is ready."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options):
+            program = Program(tmp_path, **options)
+            stack.callback(program.process.communicate)
+            stack.callback(program.process.kill)
+            return program
+
+        yield start

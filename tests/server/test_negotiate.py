@@ -117,7 +117,7 @@ def infos(replies):
 def test_size_flags_and_block_sizes_are_always_told(pair, option):
     told = infos(pair.option(option, ExportRequest("data").pack()))
     export = CATALOGUE.find("data")
-    assert told == [ExportInfo(1 << 16, export.flags), BlockSizeInfo(512, 4096, 32 << 20)]
+    assert told == [ExportInfo(1 << 16, export.flags()), BlockSizeInfo(512, 4096, 32 << 20)]
 
 
 @pytest.mark.parametrize("option", [Option.INFO, Option.GO])
@@ -144,7 +144,7 @@ def test_go_begins_transmission(pair):
     session = pair.server.session()
     assert pair.client.state is State.TRANSMISSION
     assert session.export.name == "data"
-    assert session.rules == session.export.rules
+    assert session.rules == session.export.rules()
     assert session.trailing == b""
 
 
