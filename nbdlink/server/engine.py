@@ -10,10 +10,8 @@ The ways of a request, fastest first:
 
   * Short reads that the page cache can answer at once (`RWF_NOWAIT`), and writes that fit into
     the inbox: done in the loop, by one system call.
-  * Long reads from the page cache: the kernel reads the lent pages of the file while it sends
-    (`FileMapping`); on Unix sockets, from 128 KiB on, `sendfile`.
-  * Long writes: the payload is received exactly and stored in pieces; on Unix sockets it goes
-    through a pipe (`splice`) without being seen.
+  * Long reads from the page cache, sent from the file's own pages: `LongReads`.
+  * Long writes, received exactly or moved by the kernel: `Intake`.
   * Everything else, and all requests to storages that are no plain file: the `Executor`, in a
     worker thread. So a cold read, a flush or a slow disk never holds the queue up. Replies then
     come in another order than the requests, which the protocol allows.
@@ -32,13 +30,10 @@ connection that has been idle for a second gives back what it has touched.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import mmap
 import os
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -59,12 +54,13 @@ from nbdlink.protocol.constants import (
 )
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
 from nbdlink.server.executor import PIECE, Executor
+from nbdlink.server.intake import INBOX, SPLICE, HungUpError, Intake, StoringFailedError, buffer
+from nbdlink.server.longreads import LONG, LongReads, nowait_flag
 from nbdlink.server.negotiate import NegotiatedSession
-from nbdlink.server.outlet import Outlet, Part
+from nbdlink.server.outlet import Outlet
 from nbdlink.server.replies import ReplyFormat
 from nbdlink.server.sessions import Session
 from nbdlink.server.workers import Workers
-from nbdlink.storage.base import PlainFile
 
 # Plain numbers: comparing with a member of an enum takes three times as long.
 _READ: Final = int(Command.READ)
@@ -77,42 +73,16 @@ _DF: Final = int(CommandFlag.DF)
 _PAYLOAD: Final = int(CommandFlag.PAYLOAD_LEN)
 _EINVAL: Final = int(Error.EINVAL)
 
-_INBOX: Final = 1 << 20
-"""Bytes that one receive takes at most."""
 _WHOLE: Final = 128 * 1024
 """Bytes of the longest write that is received together with its neighbours."""
 _OUTBOX: Final = 256 * 1024
 """Bytes of replies that are sent before another request is looked at."""
-_LENT: Final = 32 * 1024
-"""Bytes from which on a read is sent from the file's pages; below, copying is faster."""
-_SENDFILE: Final = 128 * 1024
-"""Bytes from which on a read leaves through a Unix socket by `sendfile`."""
-_SPLICE: Final = 128 * 1024
-"""Bytes from which on a write comes from a Unix socket by `splice`."""
-_PIPE: Final = 1 << 20
-"""Bytes that the pipe between socket and file holds; more than that takes privileges."""
-
 _SLOW: Final = 0.01
 """Seconds for one inbox of requests, from which on the storage is taken to be slow."""
 _PATIENCE: Final = 256
-"""Inboxes whose writes are left to the workers before the storage gets another try."""
+"""Inboxes that are left to the workers at most before the storage gets another try."""
 _IDLE: Final = 1
 """Seconds without a request after which buffers are given back."""
-
-
-_PAGE: Final = mmap.PAGESIZE
-
-
-class _HungUpError(Exception):
-    """The client went away in the middle of a request."""
-
-
-class _StorageFailure(Exception):
-    """The storage failed to write, as `why` says; nothing is wrong with the connection."""
-
-    def __init__(self, why: OSError) -> None:
-        super().__init__()
-        self.why = why
 
 
 class Transmission:
@@ -120,38 +90,28 @@ class Transmission:
 
     def __init__(self, session: Session, negotiated: NegotiatedSession) -> None:
         """Take over a connection whose handshake is done."""
+        export = negotiated.export
         self._session = session
-        self._sock = session.sock
-        self._export = negotiated.export
-        self._storage = negotiated.export.storage
+        self._export = export
+        self._storage = export.storage
         self._rules = negotiated.rules
         self._contexts = negotiated.contexts
         self._trailing = negotiated.trailing
-        self._style = negotiated.style
-        self._form = ReplyFormat(negotiated.style)
-        self._workers = Workers(f"{threading.current_thread().name}-worker")
-        self._outlet = Outlet(session.sock, self._workers)
-        self._executor = Executor(
-            negotiated.export, negotiated.contexts, self._form, self._outlet, session
-        )
-        self._failure: Exception | None = None
-        extended = negotiated.style == HeaderStyle.EXTENDED
-        self._request = EXTENDED_REQUEST if extended else REQUEST
-        # The payload behind the first header begins at an address that is a multiple of 2048:
-        # the kernel's copies from odd addresses take 5 to 10 % longer. There is room for the
-        # longest piece wherever in the first part it begins.
-        self._inbox_memory, self._inbox = _buffer(_INBOX + PIECE, 2048 - self._request.size)
-        self._outbox_memory, self._outbox = _buffer(
-            _OUTBOX + _LENT + self._form.data.size, _PAGE - self._form.data.size
-        )
-        self._scratch = memoryview(bytearray(1))
-        # Long reads that wait to be sent: their parts, and what they are the replies to.
-        self._parts: list[Part] = []
-        self._reads: list[tuple[int, int, int]] = []
-        self._parts_size = 0
-        self._pipe = (-1, -1)
+        self._is_unix = session.sock.family == socket.AF_UNIX
+        self._form = form = ReplyFormat(negotiated.style)
+        self._request = EXTENDED_REQUEST if form.style == HeaderStyle.EXTENDED else REQUEST
+        self._intake = Intake(session.sock, self._request.size)
+        self._workers = workers = Workers(f"{threading.current_thread().name}-worker")
+        self._outlet = outlet = Outlet(session.sock, workers)
+        self._executor = Executor(export, negotiated.contexts, form, outlet, session)
         plain = self._storage.plain_file
-        self._nowait = _nowait_flag(plain.fd) if plain else 0
+        self._long_reads = plain and LongReads(
+            session, self._storage, plain, form, outlet, workers, self._executor
+        )
+        # Data is page aligned behind the first header.
+        head = form.data.size
+        self._outbox_memory, self._outbox = buffer(_OUTBOX + LONG + head, mmap.PAGESIZE - head)
+        self._failure: Exception | None = None
         self._last: int | None = None  # bytes still to be heard once the session is ending
 
     def run(self) -> str:
@@ -164,7 +124,7 @@ class Transmission:
         """
         try:
             how = self._serve()
-        except _HungUpError:
+        except HungUpError:
             how = "hung up in the middle of a request"
         except OSError:
             if not self._failure:
@@ -176,9 +136,7 @@ class Transmission:
         finally:
             # Nothing may reach the storage any more once the session counts as gone.
             self._workers.join()
-            for fd in self._pipe:
-                if fd >= 0:
-                    os.close(fd)
+            self._intake.close()
         if self._failure:
             raise self._failure
         return how
@@ -187,8 +145,8 @@ class Transmission:
         # All in one function, with local names, and no object made for a request: at 100 000
         # requests a second an attribute that is looked up for each costs 0.3 % of a core, a
         # call 1 %, an enum operation 5 %.
-        session, sock, workers = self._session, self._sock, self._workers
-        inbox, outbox, parts = self._inbox, self._outbox, self._parts
+        session, intake, workers = self._session, self._intake, self._workers
+        sock, inbox, outbox = session.sock, intake.inbox, self._outbox
         recv_into, send, preadv, pwrite = sock.recv_into, sock.send, os.preadv, os.pwrite
         unpack, header = self._request.unpack_from, self._request.size
         pack_data, data_header = self._form.data.pack_into, self._form.data.size
@@ -199,14 +157,14 @@ class Transmission:
         write_flags = _PAYLOAD if extended else 0
         size, misaligned = self._rules.size, self._rules.minimum_block - 1
         # Only a plain file has the fast ways: up to how many bytes.
-        file, base, short, whole = -1, 0, 0, -1
+        file, base, short, long, whole, nowait = -1, 0, 0, 0, -1, 0
         if plain := self._storage.plain_file:
             file, base = plain
-            short = _LENT
+            short, long = LONG, self._rules.maximum_payload
             whole = -1 if self._export.is_read_only else _WHOLE
-        quick_read, quick_write = short, whole
-        nowait = self._nowait
-        limit = _INBOX  # bytes that are received at most
+            nowait = nowait_flag(file)
+        quickly = short, long, whole
+        parts = self._long_reads.parts if self._long_reads else ()
         patience, penalty = 0, 1  # inboxes that are left to the workers, and how many next time
         armed = False  # whether a receive gives up after _IDLE seconds
         requests = bytes_read = bytes_written = 0
@@ -216,7 +174,7 @@ class Transmission:
         try:
             while True:
                 # Timed only where a slow request would hold others up.
-                began = monotonic() if end > 8192 else 0.0
+                began = monotonic() if end > 8192 or (end > header and not nowait) else 0.0
                 position = 0  # bytes of replies in the outbox
                 longest = 0  # bytes of the last long write
                 while end - start >= header:
@@ -237,7 +195,7 @@ class Transmission:
                         except OSError as failure:
                             count = -1
                             if nowait and failure.errno == errno.EOPNOTSUPP:
-                                nowait = self._nowait = 0  # only some files can tell
+                                nowait = 0  # only some files can tell
                                 continue
                         start += header
                         requests += 1
@@ -245,19 +203,14 @@ class Transmission:
                             # Not in the page cache; or it fails, and the storage knows why.
                             self._dispatch(_READ, 0, cookie, offset, length)
                             continue
+                        # No method here: a call would cost more than the packing does.
                         if style == 0:
                             pack_data(outbox, position, SIMPLE_REPLY_MAGIC, 0, cookie)
                         elif style == 1:
                             pack_data(
-                                outbox,
-                                position,
-                                STRUCTURED_REPLY_MAGIC,
-                                1,
-                                1,
-                                cookie,
-                                length + 8,
-                                offset,
-                            )
+                                outbox, position, STRUCTURED_REPLY_MAGIC,
+                                1, 1, cookie, length + 8, offset,
+                            )  # fmt: skip
                         else:
                             pack_data(
                                 outbox, position, EXTENDED_REPLY_MAGIC,
@@ -299,8 +252,21 @@ class Transmission:
                         position += plain_reply
                         bytes_written += length
 
+                    elif (
+                        command == _READ
+                        and LONG <= length <= long
+                        and not flags
+                        and magic == magic_wanted
+                        and offset + length <= size
+                        and not (offset | length) & misaligned
+                    ):
+                        position = self._send(position)
+                        start += header
+                        requests += 1
+                        self._read_long(0, cookie, offset, length)
+
                     else:
-                        # A step aside, for whatever is long, rare or wrong.
+                        # A step aside, for whatever is rare or wrong.
                         position = self._send(position)
                         if magic != magic_wanted:
                             raise RemoteProtocolError(
@@ -320,6 +286,22 @@ class Transmission:
                     if position >= _OUTBOX:
                         position = self._send(position)
 
+                if patience:
+                    patience -= 1
+                    if not patience:
+                        short, long, whole = quickly
+                elif began and short:
+                    if monotonic() - began > _SLOW:
+                        # Writing blocks, as too much waits to be written back, or reading does,
+                        # where the file system cannot tell whether it will. Leave both to the
+                        # workers, for longer each time: once may have been a busy processor.
+                        patience, penalty = penalty, min(2 * penalty, _PATIENCE)
+                        whole = -1
+                        if not nowait:
+                            short = long = 0
+                    elif penalty > 1:
+                        penalty -= 1
+
                 if position:
                     if workers.pending:
                         self._send(position)
@@ -328,33 +310,19 @@ class Transmission:
                         if count < position:
                             self._outlet.send(outbox[count:position])
                 if parts:
-                    self._send_parts()
+                    self._send_long_reads()
                 session.requests += requests
                 session.bytes_read += bytes_read
                 session.bytes_written += bytes_written
                 requests = bytes_read = bytes_written = 0
 
-                if patience:
-                    patience -= 1
-                    if not patience:
-                        short, whole = quick_read, quick_write
-                elif began and (quick_write >= 0 or not nowait):
-                    if monotonic() - began > _SLOW:
-                        # Writing blocks, as too much waits to be written back, or reading does,
-                        # where the file system cannot tell whether it will. Leave both to the
-                        # workers, for longer each time: once may have been a busy processor.
-                        patience, penalty = penalty, min(2 * penalty, _PATIENCE)
-                        whole, short = -1, short if nowait else 0
-                    elif penalty > 1:
-                        penalty -= 1
-
-                limit = _INBOX
-                if longest > _WHOLE and quick_write >= 0 and not patience:
-                    if sock.family == socket.AF_UNIX:
+                limit = INBOX
+                if longest > _WHOLE and whole >= 0:
+                    if self._is_unix:
                         limit = header  # the next payload shall be spliced, and not come in here
                     else:
                         # Whole requests only, so that nothing has to be moved to the front.
-                        limit = _INBOX // (longest + header) * (longest + header) or _INBOX
+                        limit = INBOX // (longest + header) * (longest + header) or INBOX
 
                 if start == end:
                     start = 0
@@ -366,13 +334,14 @@ class Transmission:
                             end = got = recv_into(inbox, limit)
                             break
                         except BlockingIOError:
-                            self._give_back()
+                            intake.give_back()
+                            self._outbox_memory.madvise(mmap.MADV_DONTNEED)
                             armed = False
-                            _set_timeout(sock, 0)
+                            intake.set_timeout(0)
                     session.idle = False
                     if not armed:
                         armed = True
-                        _set_timeout(sock, _IDLE)
+                        intake.set_timeout(_IDLE)
                     if not end:
                         return "hung up"
                 else:
@@ -381,7 +350,7 @@ class Transmission:
                     if start:
                         inbox[: end - start] = inbox[start:end]
                         start, end = 0, end - start
-                    got = self._receive(inbox[end : max(limit, end + header)])
+                    got = intake.receive(inbox[end : max(limit, end + header)])
                     end += got
                 if self._last is not None:
                     self._last -= got
@@ -398,32 +367,10 @@ class Transmission:
             self._outlet.send(self._outbox[:position])
         return 0
 
-    def _send_parts(self) -> None:
-        """Send the long reads that wait."""
-        parts, reads, total = self._parts[:], self._reads[:], self._parts_size
-        self._parts.clear()
-        self._reads.clear()
-        self._parts_size = 0
-        with self._turn():
-            sent = self._outlet.send_vector(parts)
-            if sent == total:
-                return
-            # Pages of the file could not be read: it fails, or has been truncated.
-            head = self._form.data.size
-            while sent >= head + reads[0][2]:
-                sent -= head + reads.pop(0)[2]
-                del parts[:2]
-            if sent:
-                _, offset, length = reads.pop(0)
-                self._outlet.send_locked(parts[0][sent:])
-                done = max(0, sent - head)
-                self._executor.finish_read(offset + done, length - done)
-        for cookie, offset, length in reads:
+    def _send_long_reads(self) -> None:
+        assert self._long_reads
+        for cookie, offset, length in self._long_reads.send():
             self._dispatch(_READ, _DF, cookie, offset, length)
-
-    def _turn(self) -> contextlib.AbstractContextManager[object]:
-        """Keep workers from sending, if there are any."""
-        return self._outlet.lock if self._workers.pending else contextlib.nullcontext()
 
     # Requests that the loop does not do itself.
 
@@ -442,7 +389,9 @@ class Transmission:
         Raises:
             RemoteProtocolError: far more is announced than may be sent; the error is out.
         """
-        _, flags, command, cookie, offset, length = self._request.unpack_from(self._inbox, start)
+        _, flags, command, cookie, offset, length = self._request.unpack_from(
+            self._intake.inbox, start
+        )
         flags, announced, error = self._payload(command, flags, length)
         filtered = announced if command == _BLOCK_STATUS else 0
         if not error and not filtered:
@@ -460,7 +409,7 @@ class Transmission:
         only = None
         if filtered and not error:
             try:
-                length, only = parse_status_filter(self._inbox[payload:after])
+                length, only = parse_status_filter(self._intake.inbox[payload:after])
                 error = self._rules.check(command, flags, offset, length)
                 if len(set(only)) < len(only) or not self._contexts.keys() >= set(only) or not only:
                     error = _EINVAL
@@ -470,10 +419,10 @@ class Transmission:
             self._executor.refuse(error, cookie, offset)
         elif command == _READ and not length:
             self._outlet.send(self._form.nothing_read(cookie, offset))
-        elif command == _READ and inline and length >= _LENT and self._storage.plain_file:
+        elif command == _READ and inline and length >= LONG and self._long_reads:
             self._read_long(flags, cookie, offset, length)
         elif command == _WRITE:
-            data = self._inbox[payload:after]
+            data = self._intake.inbox[payload:after]
             if inline and not flags and self._storage.plain_file:
                 self._executor.perform(command, flags, cookie, offset, length, data)
             else:
@@ -519,8 +468,8 @@ class Transmission:
                 request = (command, flags, cookie, offset, length, kept, only)
                 if workers.submit(self._job(*request), cost, reserved=True):
                     return
-        if self._parts:
-            self._send_parts()
+        if self._long_reads and self._long_reads.parts:
+            self._send_long_reads()
         perform(command, flags, cookie, offset, length, data, only, frugal=True)
 
     def _job(self, *request: Any) -> Callable[[], None]:
@@ -536,55 +485,11 @@ class Transmission:
         return do
 
     def _read_long(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        """Answer a long read from the page cache; what is not there is left to a worker."""
-        plain = self._storage.plain_file
-        assert plain is not None
-        position = plain.start + offset
-        # Whether the last byte is there tells of the rest as a rule, as the kernel reads ahead;
-        # long ranges may have lost their front.
-        probes = (
-            (position + length - 1,) if length < _SENDFILE else (position, position + length - 1)
-        )
-        chunked = self._form.chunked and not flags & _DF
-        try:
-            for probe in probes:
-                if os.preadv(plain.fd, (self._scratch,), probe, self._nowait) != 1:
-                    raise BlockingIOError
-            if chunked and self._storage.is_sparse:
-                segments = self._executor.segments(offset, length)
-                if any(is_hole for _, _, is_hole in segments):
-                    if len(segments) > 1:
-                        raise BlockingIOError
-                    self._outlet.send(self._form.hole(cookie, offset, offset, length, done=True))
-                    return
-        except OSError:
+        assert self._long_reads
+        if not self._long_reads.answer(cookie, offset, length, whole=flags & _DF != 0):
             self._dispatch(_READ, flags, cookie, offset, length)
-            return
-        opening = self._form.data_header(cookie, offset, length)
-        if length >= _SENDFILE and self._sock.family == socket.AF_UNIX:
-            if self._parts:
-                self._send_parts()
-            self._session.bytes_read += length
-            self._send_file(opening, plain.fd, position, offset, length)
-            return
-        lent = self._storage.lend(offset, length)
-        if lent is None:
-            self._dispatch(_READ, flags, cookie, offset, length)
-            return
-        self._parts += (opening, lent)
-        self._reads.append((cookie, offset, length))
-        self._session.bytes_read += length
-        self._parts_size += len(opening) + length
-        if self._parts_size >= _OUTBOX:
-            self._send_parts()
-
-    def _send_file(self, opening: bytes, fd: int, position: int, offset: int, length: int) -> None:
-        with self._turn():
-            sent = self._outlet.send_file(opening, fd, position, length)
-            if sent < length:
-                self._executor.finish_read(offset + sent, length - sent)
-
-    # Long payloads.
+        elif self._long_reads.is_enough:
+            self._send_long_reads()
 
     def _take_long(
         self,
@@ -617,7 +522,7 @@ class Transmission:
             if length > 2 * self._rules.maximum_payload:
                 self._executor.refuse(error, cookie, offset)
                 raise RemoteProtocolError(f"a request announces {length} bytes of payload")
-            self._skip(length - (end - payload))
+            self._intake.skip(length - (end - payload))
             self._executor.refuse(error, cookie, offset)
             return
         storage, workers = self._storage, self._workers
@@ -625,8 +530,8 @@ class Transmission:
         if not plain and storage.waits and workers.reserve(length):
             try:
                 data = memoryview(bytearray(length))
-                data[: end - payload] = self._inbox[payload:end]
-                self._receive_all(data[end - payload :])
+                data[: end - payload] = self._intake.inbox[payload:end]
+                self._intake.fill(data[end - payload :])
             except BaseException:
                 workers.release(length)
                 raise
@@ -636,15 +541,11 @@ class Transmission:
             return
         fua = flags & _FUA != 0
         try:
-            if (
-                plain
-                and self._sock.family == socket.AF_UNIX
-                and length - (end - payload) >= _SPLICE
-            ):
-                self._splice(plain, offset, length, payload, end)
+            if plain and self._is_unix and length - (end - payload) >= SPLICE:
+                self._intake.splice(storage, plain, offset, length, payload, end)
             else:
-                self._store(offset, length, fua and not plain, payload, end)
-        except _StorageFailure as failed:
+                self._intake.store(storage, offset, length, fua and not plain, payload, end)
+        except StoringFailedError as failed:
             self._executor.fail(failed.why, _WRITE, cookie, offset, length)
             return
         self._session.bytes_written += length
@@ -653,84 +554,6 @@ class Transmission:
             self._dispatch(_FLUSH, 0, cookie, offset, 0)
         else:
             self._outlet.send(self._form.success(cookie, offset))
-
-    def _store(self, offset: int, length: int, fua: bool, payload: int, end: int) -> None:
-        """Receive a payload in pieces and write each; what it means is said in `_take_long`."""
-        inbox = self._inbox
-        left = length
-        while left:
-            count = min(left, PIECE)
-            if (stop := payload + count) > end:
-                self._receive_all(inbox[end:stop])
-                end = stop
-            left -= count
-            try:
-                self._storage.write(inbox[payload:stop], offset, fua)
-            except OSError as failure:
-                self._skip(left - (end - stop))
-                raise _StorageFailure(failure) from None
-            offset += count
-            # What the first receive brought beyond the piece belongs to the next one.
-            payload, end = (stop, end) if end > stop else (payload, payload)
-
-    def _splice(self, plain: PlainFile, offset: int, length: int, payload: int, end: int) -> None:
-        """Have the kernel move a payload from the socket into the file, through a pipe."""
-        left = length - (end - payload)
-        try:
-            if end > payload:
-                self._storage.write(self._inbox[payload:end], offset, False)
-        except OSError as failure:
-            self._skip(left)
-            raise _StorageFailure(failure) from None
-        if self._pipe[0] < 0:
-            self._pipe = os.pipe()
-            with contextlib.suppress(OSError):  # the user has many pipes; a small one will do
-                fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIPE)
-        source, (outlet, inlet) = self._sock.fileno(), self._pipe
-        position = plain.start + offset + end - payload
-        while left:
-            try:
-                count = os.splice(source, inlet, min(left, _PIPE))
-            except BlockingIOError:
-                continue
-            if not count:
-                raise _HungUpError
-            left -= count
-            while count:
-                try:
-                    moved = os.splice(outlet, plain.fd, count, offset_dst=position)
-                    if not moved:
-                        raise OSError(errno.EIO, "the file takes no more bytes")
-                except OSError as failure:
-                    while count:
-                        count -= len(os.read(outlet, count))
-                    self._skip(left)
-                    raise _StorageFailure(failure) from None
-                position += moved
-                count -= moved
-
-    # Receiving.
-
-    def _receive(self, buffer: memoryview, flags: int = 0) -> int:
-        """Receive something into `buffer`; give how many bytes."""
-        while True:
-            try:
-                count = self._sock.recv_into(buffer, 0, flags)
-            except BlockingIOError:  # the timeout for idle connections
-                continue
-            if not count:
-                raise _HungUpError
-            return count
-
-    def _receive_all(self, buffer: memoryview) -> None:
-        """Fill `buffer`."""
-        while buffer:
-            buffer = buffer[self._receive(buffer, socket.MSG_WAITALL) :]
-
-    def _skip(self, length: int) -> None:
-        """Receive bytes and throw them away. The inbox must hold nothing of use."""
-        while length:
-            length -= self._receive(self._inbox[: min(length, _INBOX)])
 
     def _hears_more(self) -> bool:
         """Tell whether there is still something to hear from a client that is to be let go.
@@ -741,34 +564,3 @@ class Transmission:
         if self._last is None:
             self._last = self._session.arrived()
         return self._last > 0
-
-    def _give_back(self) -> None:
-        """Give the memory of the buffers back to the system; they are empty."""
-        self._inbox_memory.madvise(mmap.MADV_DONTNEED)
-        self._outbox_memory.madvise(mmap.MADV_DONTNEED)
-
-
-def _buffer(size: int, start: int) -> tuple[mmap.mmap, memoryview]:
-    """Give anonymous memory, and `size` bytes of it that begin at the address `start`."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, -(-(start + size) // _PAGE) * _PAGE, flags)
-    return memory, memoryview(memory)[start : start + size]
-
-
-def _nowait_flag(file: int) -> int:
-    """Give the flag of reads that do not wait, or 0 if the file system does not know it."""
-    try:
-        os.preadv(file, (bytearray(1),), 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        pass
-    except OSError:
-        return 0
-    return os.RWF_NOWAIT
-
-
-def _set_timeout(sock: socket.socket, seconds: int) -> None:
-    """Have blocking receives give up after that time (BlockingIOError); 0 for never.
-
-    The kernel does it by itself. A timeout of Python's would cost a poll for every receive.
-    """
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))
