@@ -122,6 +122,7 @@ class Transmission:
             StorageError: the storage failed in the middle of a reply; hang up.
             OSError: the connection broke.
         """
+        workers = self._workers
         try:
             how = self._serve()
         except HungUpError:
@@ -131,11 +132,12 @@ class Transmission:
                 raise
             how = ""  # a worker has cut the connection, and this is how it shows
         except BaseException:
-            self._session.cut()  # so that no worker waits for a client that does not read
+            if workers.pending:
+                self._session.cut()  # so that none waits for a client that does not read
             raise
         finally:
             # Nothing may reach the storage any more once the session counts as gone.
-            self._workers.join()
+            workers.join()
             self._intake.close()
         if self._failure:
             raise self._failure
@@ -327,8 +329,10 @@ class Transmission:
                 if start == end:
                     start = 0
                     session.idle = True
-                    if session.ending and not self._hears_more():
-                        return "was let go"
+                    if session.ending:
+                        if not (left := self._left_to_hear()):
+                            return "was let go"
+                        limit = min(limit, left)
                     while True:
                         try:
                             end = got = recv_into(inbox, limit)
@@ -350,10 +354,14 @@ class Transmission:
                     if start:
                         inbox[: end - start] = inbox[start:end]
                         start, end = 0, end - start
-                    got = intake.receive(inbox[end : max(limit, end + header)])
+                    most = max(limit, end + header)
+                    if session.ending:
+                        # What has begun to arrive is taken to its end, and nothing behind it.
+                        most = min(most, end + (self._left_to_hear() or self._missing(end)))
+                    got = intake.receive(inbox[end:most])
                     end += got
                 if self._last is not None:
-                    self._last -= got
+                    self._last = max(0, self._last - got)
         finally:
             session.requests += requests
             session.bytes_read += bytes_read
@@ -555,12 +563,22 @@ class Transmission:
         else:
             self._outlet.send(self._form.success(cookie, offset))
 
-    def _hears_more(self) -> bool:
-        """Tell whether there is still something to hear from a client that is to be let go.
+    # The end.
+
+    def _left_to_hear(self) -> int:
+        """Give how many bytes are still to be heard from a client that is to be let go.
 
         What had arrived when this was first asked is answered. A client that never stops to
         send would hold up the end otherwise.
         """
         if self._last is None:
             self._last = self._session.arrived()
-        return self._last > 0
+        return self._last
+
+    def _missing(self, end: int) -> int:
+        """Give how many bytes the request at the front of the inbox lacks, as far as is known."""
+        header = self._request.size
+        if end < header:
+            return header - end
+        length: int = self._request.unpack_from(self._intake.inbox)[5]
+        return header + length - end

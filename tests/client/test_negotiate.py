@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdlink.client.negotiate import Negotiation, negotiate
+from nbdlink.client.negotiate import Negotiation, negotiate, negotiate_best
 from nbdlink.errors import (
     ConfigError,
     NBDError,
@@ -19,6 +19,7 @@ from nbdlink.errors import (
 )
 from nbdlink.protocol.constants import (
     HandshakeFlag,
+    HeaderStyle,
     InfoType,
     Option,
     OptionReply,
@@ -45,8 +46,11 @@ FLAGS = TransmissionFlag.HAS_FLAGS | TransmissionFlag.SEND_FLUSH
 INFO = ExportInfo(1 << 20, FLAGS).pack()
 
 
-def converse(connection, answers, flags=ALL):
-    """Greet, and answer each option with `answers[option]`, until transmission or the end."""
+def converse(connection, answers, flags=ALL, heard=None):
+    """Greet, and answer each option with `answers[option]`, until transmission or the end.
+
+    An answer of None hangs up. What the client asks goes to the list `heard`.
+    """
     answers = {Option.ABORT: [OptionReply.ACK], **answers}
     machine = Handshake(Role.SERVER)
     connection.sendall(machine.send(Greeting(flags)))
@@ -55,7 +59,12 @@ def converse(connection, answers, flags=ALL):
         while (message := machine.next_message()) is not None:
             if isinstance(message, ClientFlags):
                 continue
+            if heard is not None:
+                heard.append(message.option)
             for answer in answers.get(message.option, [OptionReply.ERR_UNSUP]):
+                if answer is None:
+                    connection.shutdown(2)
+                    return
                 if isinstance(answer, ExportNameAnswer):
                     connection.sendall(machine.send(answer))
                 else:
@@ -63,11 +72,11 @@ def converse(connection, answers, flags=ALL):
                     connection.sendall(machine.send(Reply(message.option, kind, data)))
 
 
-def speak(answers, flags=ALL):
+def speak(answers, flags=ALL, heard=None):
     """Give a script that has the conversation and then waits for the client to leave."""
 
     def script(connection):
-        converse(connection, answers, flags)
+        converse(connection, answers, flags, heard)
         connection.recv(1)
 
     return script
@@ -188,6 +197,128 @@ def test_meta_contexts_are_listed(liar):
     with Negotiation(liar(speak(answers)).target, timeout=20) as negotiation:
         assert negotiation.request_structured_replies()
         assert negotiation.list_meta_contexts() == ["base:allocation"]
+
+
+CONTEXT = (OptionReply.META_CONTEXT, MetaContext(7, "base:allocation").pack())
+
+
+def test_a_socket_for_the_kernel_is_asked_for_nothing_the_kernel_does_not_know(liar):
+    # drivers/block/nbd.c knows simple replies only; whatever is offered must be left alone.
+    heard = []
+    accepted = {option: [OptionReply.ACK] for option in Option}
+    server = liar(speak({**accepted, Option.GO: GO}, heard=heard))
+    sock, export = negotiate(server.target, timeout=20)
+    sock.close()
+    assert heard == [Option.GO]
+    assert (export.style, export.contexts) == (HeaderStyle.SIMPLE, {})
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "style", "contexts"),
+    [
+        (
+            [Option.EXTENDED_HEADERS, Option.STRUCTURED_REPLY, Option.SET_META_CONTEXT],
+            [Option.EXTENDED_HEADERS, Option.SET_META_CONTEXT, Option.GO],
+            HeaderStyle.EXTENDED,
+            {"base:allocation": 7},
+        ),
+        (
+            [Option.STRUCTURED_REPLY, Option.SET_META_CONTEXT],
+            [
+                Option.EXTENDED_HEADERS,
+                Option.STRUCTURED_REPLY,
+                Option.SET_META_CONTEXT,
+                Option.GO,
+            ],
+            HeaderStyle.STRUCTURED,
+            {"base:allocation": 7},
+        ),
+        (
+            [Option.STRUCTURED_REPLY],
+            [
+                Option.EXTENDED_HEADERS,
+                Option.STRUCTURED_REPLY,
+                Option.SET_META_CONTEXT,
+                Option.GO,
+            ],
+            HeaderStyle.STRUCTURED,
+            {},
+        ),
+        (
+            [],
+            [Option.EXTENDED_HEADERS, Option.STRUCTURED_REPLY, Option.GO],
+            HeaderStyle.SIMPLE,
+            {},
+        ),
+    ],
+)
+def test_the_best_is_asked_for_first(liar, known, asked, style, contexts):
+    heard = []
+    answers = {option: [OptionReply.ACK] for option in known}
+    if Option.SET_META_CONTEXT in known:
+        answers[Option.SET_META_CONTEXT] = [CONTEXT, OptionReply.ACK]
+    server = liar(speak({**answers, Option.GO: GO}, heard=heard))
+    sock, export = negotiate_best(server.target, timeout=20)
+    sock.close()
+    assert heard == asked
+    assert (export.style, export.contexts) == (style, contexts)
+    assert export.rules.has_contexts == bool(contexts)
+
+
+@pytest.mark.parametrize("flags", list(map(HandshakeFlag, range(4))), ids=str)
+def test_a_server_that_knows_no_options_is_used_as_it_is(liar, flags):
+    answers = {Option.EXPORT_NAME: [ExportNameAnswer(4096, FLAGS)]}
+    sock, export = negotiate_best(liar(speak(answers, flags)).target, timeout=20)
+    sock.close()
+    assert (export.size, export.style) == (4096, HeaderStyle.SIMPLE)
+
+
+@pytest.mark.parametrize("option", [Option.EXTENDED_HEADERS, Option.SET_META_CONTEXT])
+def test_a_server_that_hangs_up_on_an_option_is_asked_for_less(liar, option):
+    answers = {Option.STRUCTURED_REPLY: [OptionReply.ACK], option: [None], Option.GO: GO}
+    server = liar(speak(answers))
+    sock, export = negotiate_best(server.target, timeout=20)
+    sock.close()
+    assert export.style == HeaderStyle.SIMPLE
+    assert server.connections == 2
+
+
+@pytest.mark.parametrize("option", [Option.EXTENDED_HEADERS, Option.SET_META_CONTEXT])
+def test_a_server_that_falls_silent_is_given_up_once(liar, option):
+    answers = {Option.STRUCTURED_REPLY: [OptionReply.ACK], option: []}
+    server = liar(speak(answers))
+    with pytest.raises(TransportError, match="no answer within"):
+        negotiate_best(server.target, timeout=0.2)
+    assert server.connections == 1
+
+
+def test_extended_headers_come_with_go_only(liar):
+    answers = {Option.EXTENDED_HEADERS: [OptionReply.ACK]}
+    with pytest.raises(OptionError):
+        negotiate_best(liar(speak(answers)).target, timeout=20)
+
+
+def test_contexts_are_selected_for_one_export_only(liar):
+    answers = {
+        Option.STRUCTURED_REPLY: [OptionReply.ACK],
+        Option.SET_META_CONTEXT: [CONTEXT, OptionReply.ACK],
+        Option.GO: GO,
+    }
+    with Negotiation(liar(speak(answers)).target, timeout=20) as negotiation:
+        negotiation.request_structured_replies()
+        assert negotiation.set_meta_contexts(["base:allocation"], "x") == {"base:allocation": 7}
+        assert negotiation.go("data").contexts == {}
+
+
+def test_a_context_that_is_selected_twice_is_a_lie(liar):
+    answers = {
+        Option.STRUCTURED_REPLY: [OptionReply.ACK],
+        Option.SET_META_CONTEXT: [CONTEXT, CONTEXT, OptionReply.ACK],
+    }
+    with Negotiation(liar(speak(answers)).target, timeout=20) as negotiation:
+        negotiation.request_structured_replies()
+        with pytest.raises(RemoteProtocolError, match="twice"):
+            negotiation.set_meta_contexts(["base:allocation"])
 
 
 def test_looking_around_does_not_fail_where_nothing_is_known(liar):

@@ -1,0 +1,46 @@
+"""`nbdlink serve` in a process of its own, and the real programs that come to see it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+
+@contextlib.contextmanager
+def serving(*words, lines=1, **options):
+    """Run `nbdlink serve` and give the process, and the first lines that it prints."""
+    command = [sys.executable, "-m", "nbdlink", "serve", *map(str, words)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+    try:
+        yield process, [process.stdout.readline().strip() for _ in range(lines)]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def end(process, number=signal.SIGTERM):
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+def run(*words, **options):
+    """Run a program to its end, with what it says; skip the test if it is not installed."""
+    if shutil.which(str(words[0])) is None:
+        pytest.skip(f"{words[0]} is not installed")
+    return subprocess.run(
+        list(map(str, words)), capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def nbdlink(*words, **options):
+    """Run `nbdlink` to its end."""
+    return run(sys.executable, "-m", "nbdlink", *words, **options)
