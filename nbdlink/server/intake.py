@@ -11,7 +11,6 @@ in the middle of a request that means nothing.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
@@ -121,6 +120,14 @@ class Intake:
         self, storage: Storage, plain: PlainFile, offset: int, length: int, payload: int, end: int
     ) -> None:
         """Have the kernel move a payload into the file; like `store`, for Unix sockets."""
+        if self._pipe[0] < 0:
+            try:
+                self._pipe = os.pipe()
+            except OSError:  # out of descriptors, most likely
+                self.store(storage, offset, length, False, payload, end)
+                return
+            with contextlib.suppress(OSError):  # the user has many pipes; a small one will do
+                fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIPE)
         left = length - (end - payload)
         try:
             if end > payload:
@@ -128,10 +135,6 @@ class Intake:
         except OSError as failure:
             self.skip(left)
             raise StoringFailedError(failure) from None
-        if self._pipe[0] < 0:
-            self._pipe = os.pipe()
-            with contextlib.suppress(OSError):  # the user has many pipes; a small one will do
-                fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, _PIPE)
         source, (outlet, inlet) = self._sock.fileno(), self._pipe
         position = plain.start + offset + end - payload
         while left:
@@ -145,13 +148,19 @@ class Intake:
             while count:
                 try:
                     moved = os.splice(outlet, plain.fd, count, offset_dst=position)
-                    if not moved:
-                        raise OSError(errno.EIO, "the file takes no more bytes")
-                except OSError as failure:
-                    while count:
-                        count -= len(os.read(outlet, count))
-                    self.skip(left)
-                    raise StoringFailedError(failure) from None
+                except OSError:
+                    moved = 0
+                if not moved:
+                    # Some file systems know nothing of splice. Once more by the storage, which
+                    # also knows what to say if it is something else.
+                    data = self.inbox[:count]
+                    while moved < count:
+                        moved += os.readv(outlet, (data[moved:],))
+                    try:
+                        storage.write(data, position - plain.start, False)
+                    except OSError as failure:
+                        self.skip(left)
+                        raise StoringFailedError(failure) from None
                 position += moved
                 count -= moved
 

@@ -59,7 +59,7 @@ class LongReads:
         self._size = 0
         self._session = session
         self._storage = storage
-        self._file, self._start = plain
+        self._file, self._start, _ = plain
         self._form = form
         self._outlet = outlet
         self._workers = workers
@@ -82,7 +82,7 @@ class LongReads:
             waited for, or it is a matter of several chunks.
         """
         position = self._start + offset
-        if self._nowait and not self._is_cached(position, length):
+        if not self._is_cached(position, length):
             return False
         if not whole and self._storage.is_sparse and self._form.chunked:
             try:
@@ -109,7 +109,7 @@ class LongReads:
             self.parts += (opening, lent)
             self._reads.append(Read(cookie, offset, length))
             self._size += len(opening) + length
-        self._session.bytes_read += length
+        self._session.count(bytes_read=length)
         return True
 
     @property
@@ -140,6 +140,8 @@ class LongReads:
         return reads
 
     def _is_cached(self, position: int, length: int) -> bool:
+        # Where the file system cannot tell, this shows at least that the file is long enough:
+        # the last page of one that was truncated can be lent in whole, with zeroes at its end.
         last = position + length - 1
         # As the kernel reads ahead, the end is there if the front is; long ranges may have lost
         # their front meanwhile.

@@ -160,6 +160,8 @@ class Negotiation:
         """Decide what to reply to any option but EXPORT_NAME."""
         if request.option == Option.ABORT:  # whatever data it carries
             return [Reply(request.option, OptionReply.ACK)]
+        if request.option == Option.SET_META_CONTEXT:
+            self._contexts = {}  # replaced even if this fails
         if request.oversized:
             words = f"{request.oversized} bytes of data; at most {MAX_OPTION_DATA} are read"
             return [_refusal(request, OptionReply.ERR_TOO_BIG, words)]
@@ -226,11 +228,9 @@ class Negotiation:
     def _meta_context(self, request: OptionRequest) -> list[Reply]:
         """List or select metadata contexts (specification, "Metadata querying")."""
         selecting = request.option == Option.SET_META_CONTEXT
-        if selecting:
-            self._contexts = {}  # replaced even if this fails
-            if self._machine.style == HeaderStyle.SIMPLE:
-                words = "metadata contexts take structured replies or extended headers"
-                return [_refusal(request, OptionReply.ERR_INVALID, words)]
+        if selecting and self._machine.style == HeaderStyle.SIMPLE:
+            words = "metadata contexts take structured replies or extended headers"
+            return [_refusal(request, OptionReply.ERR_INVALID, words)]
         asked = MetaContextRequest.parse(request.data)
         export = self._catalogue.find(asked.name)
         if export is None:

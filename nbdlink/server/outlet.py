@@ -88,10 +88,10 @@ class Outlet:
         while sent < length:
             try:
                 count = os.sendfile(sock.fileno(), fd, position + sent, length - sent)
-            except OSError as error:
-                if error.errno == errno.EIO:  # the file's disk, and not the socket
-                    break
+            except ConnectionError:
                 raise
+            except OSError:
+                break  # it is the file, or will show again
             if not count:
                 break
             sent += count

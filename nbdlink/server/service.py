@@ -371,7 +371,7 @@ class Service:
         self.sessions.begin_transmission(session, negotiated.export.name)
         _log.info("%s: connected to export %r", session.peer, session.export)
         how = Transmission(session, negotiated).run()
-        _log.info("%s: %s after %d requests", session.peer, how, session.requests)
+        _log.info("%s: %s after %d requests", session.peer, how, session.progress[0])
         if session.ending:
             session.take_leave()
 

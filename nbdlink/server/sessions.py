@@ -61,10 +61,9 @@ class SessionInfo:
 class Session:
     """One client's connection.
 
-    The thread that serves it adds to the counters as it likes; workers call `count`, whose
-    numbers are kept apart, so that neither needs to wait for the other.
-
     Attributes:
+        progress: requests, bytes read and bytes written by the engine's loop, which alone sets
+            them, all at once. What is done elsewhere is told by `count`.
         sock: the connection.
         phase: how far the client has come.
         idle: whether nothing would be lost if the client were not heard any more.
@@ -79,7 +78,7 @@ class Session:
         self.export: str | None = None
         self.phase = Phase.HANDSHAKE
         self.started = time.time()
-        self.requests = self.bytes_read = self.bytes_written = 0
+        self.progress = (0, 0, 0)
         self._counting = threading.Lock()
         self._errors = self._bytes_read = self._bytes_written = 0
         self.idle = True
@@ -161,15 +160,16 @@ class Session:
 
     def info(self) -> SessionInfo:
         """Give what is known now."""
+        requests, bytes_read, bytes_written = self.progress
         return SessionInfo(
             self.number,
             self.peer,
             self.export,
             self.started,
-            self.requests,
+            requests,
             self._errors,
-            self.bytes_read + self._bytes_read,
-            self.bytes_written + self._bytes_written,
+            bytes_read + self._bytes_read,
+            bytes_written + self._bytes_written,
         )
 
 

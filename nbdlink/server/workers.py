@@ -15,6 +15,8 @@ from typing import Final
 
 THREADS: Final = 16
 """Requests of one connection that are worked on at once; nbdkit's default too."""
+_QUEUE: Final = 256
+"""Requests of one connection that are worked on or wait for it; twice what kernels send."""
 _LINGER: Final = 5.0
 """Seconds that a thread waits for another request before it ends."""
 
@@ -80,20 +82,22 @@ class Workers:
         self._budget.give(bytes=size)
 
     def submit(self, job: Callable[[], None], size: int, *, reserved: bool = False) -> bool:
-        """Have a thread do a job; False if there is no thread or no memory to be had for it.
+        """Have a thread do a job; False if there is no thread, memory or place to be had for it.
 
         Args:
             job: must not raise.
             size: bytes of memory that it holds on to.
             reserved: whether the memory has been reserved. It is released with the job's end,
-                or here if there is no thread.
+                or here if the job is not taken.
         """
         if not reserved and not self.reserve(size):
             return False
         with self._changed:
             if self.pending >= self._threads < THREADS:
                 self._start()
-            if not self._threads:
+            # Without an end to the queue, a client that reads no replies could fill the memory
+            # with requests that hold none: flushes, or reads of a byte.
+            if not self._threads or self.pending >= _QUEUE:
                 self.release(size)
                 return False
             self.pending += 1

@@ -31,10 +31,12 @@ class PlainFile(NamedTuple):
     Attributes:
         fd: an open file or block device; use positions, as its own offset is everybody's.
         start: where in it the storage's first byte lies.
+        in_memory: whether it lies in memory as a whole, so that nothing has to be waited for.
     """
 
     fd: int
     start: int
+    in_memory: bool = False
 
 
 class Storage(abc.ABC):

@@ -12,7 +12,12 @@ of it would collect page tables for whatever was ever read: 2 GiB of them for a 
 from __future__ import annotations
 
 import mmap
+import struct
+import threading
 from typing import Final
+
+_IN_MEMORY: Final = frozenset({0x01021994, 0x858458F6})
+"""File systems that are nothing but page cache: tmpfs and ramfs (include/uapi/linux/magic.h)."""
 
 _WINDOW: Final = 1 << 30
 """Bytes in a window; its page tables take 2 MiB at most."""
@@ -29,6 +34,7 @@ class FileMapping:
         self._start = start
         self._end = start + size
         self._windows: dict[int, memoryview] = {}
+        self._changing = threading.Lock()
 
     def view(self, offset: int, length: int) -> memoryview | None:
         """Lend the bytes of a range to a system call.
@@ -63,13 +69,25 @@ class FileMapping:
             )
         except (OSError, ValueError):  # no memory for it, or the file is shorter by now
             return None
-        # The interpreter lock makes each step whole. If two threads map the same window, one
-        # mapping is dropped with its last view.
-        while len(self._windows) >= _WINDOWS:
-            self._windows.pop(next(iter(self._windows)), None)
-        window = self._windows[number] = memoryview(mapped)
+        # If two threads map the same window, one mapping is dropped with its last view.
+        with self._changing:
+            while len(self._windows) >= _WINDOWS:
+                del self._windows[next(iter(self._windows))]
+            window = self._windows[number] = memoryview(mapped)
         return window
 
     def close(self) -> None:
         """Give the windows back; views that are still lent out keep theirs."""
         self._windows.clear()
+
+
+def is_in_memory(fd: int) -> bool:
+    """Tell whether an open file lies on a file system that has no disk behind it."""
+    # Python's statvfs leaves the type out. It is the first number of struct statfs, which is
+    # smaller than this buffer on every architecture.
+    import ctypes
+
+    answer = ctypes.create_string_buffer(512)
+    if ctypes.CDLL(None).fstatfs(fd, answer) != 0:
+        return False
+    return struct.unpack_from("l", answer.raw)[0] in _IN_MEMORY

@@ -26,7 +26,7 @@ from nbdlink.storage.fallocate import (
     ZERO_RANGE,
     fallocate,
 )
-from nbdlink.storage.mapping import FileMapping
+from nbdlink.storage.mapping import FileMapping, is_in_memory
 
 _HOLE: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 _ZEROES: Final = memoryview(bytes(1 << 20))
@@ -68,6 +68,7 @@ class RawStorage(Storage):
         self._unsupported: set[int] = set()
         self._dsync = os.RWF_DSYNC
         self._mapping = FileMapping(fd, start, size)
+        self._in_memory = not device and is_in_memory(fd)
         status = os.fstat(fd)
         # Block devices cannot tell where they have holes.
         self.is_sparse = not device and status.st_blocks * 512 < status.st_size
@@ -143,7 +144,7 @@ class RawStorage(Storage):
     @property
     def plain_file(self) -> PlainFile:
         """The file itself."""
-        return PlainFile(self._fd, self.start)
+        return PlainFile(self._fd, self.start, self._in_memory)
 
     def lend(self, offset: int, length: int) -> memoryview | None:
         """Lend pages of the file."""
@@ -308,7 +309,8 @@ class RawStorage(Storage):
             if data == end:
                 return
             position = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
-            yield Extent(position - data, 0)
+            if position > data:  # somebody may have made a hole of it since
+                yield Extent(position - data, 0)
 
     # Durability.
 

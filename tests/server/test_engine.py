@@ -556,4 +556,4 @@ def test_a_long_read_behind_many_short_replies_fits_the_outbox(storage, nothing_
             assert client.reply() == (0, 7, b"")
         assert client.reply(SIZE) == (0, 7, storage.data)
         thread.join()
-    assert session.requests == count + 1
+    assert session.info().requests == count + 1
