@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         default=10.0,
         help="seconds a client has to choose an export (10)",
     )
+    add(
+        "--processes",
+        metavar="N",
+        type=int,
+        help="processes besides this one that serve connections (by the processors)",
+    )
     add("--fork", action="store_true", help="go to the background once clients can come")
     add("--pid-file", metavar="PATH", help="a file for the process's number, while it serves")
     parser.set_defaults(run=run)
@@ -94,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         negotiation_timeout=arguments.negotiation_timeout,
         inherited=bool(inherited),
         on_stopping=lambda: notify("STOPPING=1"),
+        processes=_processes(arguments.processes),
     )
 
     def ready() -> None:
@@ -126,6 +133,17 @@ def _print_uris(service: Service) -> None:
     # Scripts wait for these lines: they say that clients can come.
     if sys.stdout is not None:
         sys.stdout.flush()
+
+
+def _processes(wanted: int | None) -> int:
+    """Give how many processes shall serve beside this one."""
+    if wanted is not None:
+        if wanted < 0:
+            raise ConfigError("the number of processes cannot be negative", hint="0 is none")
+        return wanted
+    processors = len(os.sched_getaffinity(0))
+    # Two for each, as they sleep half of the time; more than eight no network feeds.
+    return min(2 * processors, 8) - 1 if processors > 1 else 0
 
 
 def _catalogue(arguments: argparse.Namespace) -> Catalogue:

@@ -317,6 +317,7 @@ class Transmission:
                         # It has waited, and not only for a busy processor. Leave the storage to
                         # the workers, for longer each time.
                         patience, penalty = penalty, min(2 * penalty, _PATIENCE)
+                        began = 0.0  # once for each inbox
                         whole = -1
                         if not nowait:
                             short = long = 0

@@ -33,8 +33,8 @@ from typing import Any, Final, Self
 
 from nbdlink.errors import NBDError, RemoteProtocolError, TransportError
 from nbdlink.server import negotiate
-from nbdlink.server.engine import Transmission
 from nbdlink.server.export import Catalogue, Export
+from nbdlink.server.processes import Processes
 from nbdlink.server.sessions import Phase, Session, Sessions, most_connections
 from nbdlink.storage.base import Storage
 from nbdlink.storage.raw import RawStorage
@@ -82,6 +82,7 @@ class Service:
         grace: float = DEFAULT_GRACE,
         inherited: bool = False,
         on_stopping: Callable[[], None] = lambda: None,
+        processes: int = 0,
     ) -> None:
         """Prepare a service; nothing is accepted before it starts.
 
@@ -97,10 +98,13 @@ class Service:
                 activation). Then the paths of Unix sockets stay, and who comes while the
                 service stops is left to its successor.
             on_stopping: called once it begins to stop, in a thread of the service.
+            processes: how many further processes may serve connections. They are forked when
+                the service starts, which must be done before there are threads.
         """
         self.catalogue = catalogue
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
         self.addresses = [_address(sock) for sock in listeners]
+        self._processes = Processes(processes, catalogue)
         self._listeners = list(listeners)
         self._inherited = inherited
         self._paths = [] if inherited else [_socket_file(sock) for sock in listeners]
@@ -128,6 +132,7 @@ class Service:
 
     def start(self) -> None:
         """Begin to accept clients, in a thread of its own."""
+        self._processes.start(self._close_listeners)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread.start()
 
@@ -370,16 +375,19 @@ class Service:
             return
         self.sessions.begin_transmission(session, negotiated.export.name)
         _log.info("%s: connected to export %r", session.peer, session.export)
-        how = Transmission(session, negotiated).run()
+        how = self._processes.serve(session, negotiated)
         _log.info("%s: %s after %d requests", session.peer, how, session.progress[0])
         if session.ending:
             session.take_leave()
 
     # The end.
 
-    def _wind_down(self) -> None:
+    def _close_listeners(self) -> None:
         for sock in self._listeners:
             sock.close()
+
+    def _wind_down(self) -> None:
+        self._close_listeners()
         for path, inode in filter(None, self._paths):
             # Only if it is still ours: another server may have taken the path over.
             with contextlib.suppress(OSError):
@@ -397,6 +405,7 @@ class Service:
         deadline = time.monotonic() + _CUT_GRACE
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
+        self._processes.close(kill=self._aborting or len(self.sessions) > 0)
         self._close_storages(in_use=len(self.sessions) > 0)
 
     def _close_storages(self, *, in_use: bool) -> None:

@@ -68,6 +68,7 @@ class Session:
         phase: how far the client has come.
         idle: whether nothing would be lost if the client were not heard any more.
         ending: whether it shall not be heard any more once it is idle.
+        elsewhere: tells another process that the session is to end, if that one serves it.
     """
 
     def __init__(self, number: int, sock: socket.socket) -> None:
@@ -83,6 +84,7 @@ class Session:
         self._errors = self._bytes_read = self._bytes_written = 0
         self.idle = True
         self.ending = False
+        self.elsewhere: Callable[[], None] | None = None
         self._is_deaf = False
         self.thread: threading.Thread | None = None
 
@@ -101,7 +103,9 @@ class Session:
         round, so at least one of the two sees the other's mark.
         """
         self.ending = True
-        if self.idle and not self.arrived():
+        if self.elsewhere:
+            self.elsewhere()
+        elif self.idle and not self.arrived():
             self.hear_no_more()
 
     def arrived(self) -> int:

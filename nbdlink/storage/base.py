@@ -60,6 +60,8 @@ class Storage(abc.ABC):
         is_sparse: whether there may be holes worth looking for before a range is read.
         waits: whether a request may take long, so that others should not have to wait for it.
             A storage in memory need not have its requests done in threads of their own.
+        may_fork: whether processes forked from this one may serve it too: they see each other's
+            changes, and what one learns of a failure the others learn.
         contexts: the metadata contexts of which `extents` knows.
     """
 
@@ -77,6 +79,7 @@ class Storage(abc.ABC):
     is_rotational: bool = False
     is_sparse: bool = False
     waits: bool = True
+    may_fork: bool = False
     contexts: tuple[str, ...] = (ALLOCATION_CONTEXT,)
 
     zero_chunk: ClassVar[int] = 1 << 20

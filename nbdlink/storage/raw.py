@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from nbdlink.storage.mapping import FileMapping, is_in_memory
 
 _HOLE: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 _ZEROES: Final = memoryview(bytes(1 << 20))
+_LOST_ERRNO, _SPARSE = 0, 1  # where they are in the shared page
 _LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
 """How a failed write-back shows; see `RawStorage._sync`."""
 
@@ -51,6 +53,7 @@ class RawStorage(Storage):
 
     can_fast_zero = True
     can_cache = True
+    may_fork = True
 
     def __init__(
         self, path: Path, fd: int, *, start: int, size: int, read_only: bool, device: bool
@@ -64,7 +67,8 @@ class RawStorage(Storage):
         self._fd = fd
         self._device = device
         self._align = 1
-        self._lost = 0
+        # Shared by all processes that are forked from here: what must be known to each.
+        self._shared = mmap.mmap(-1, mmap.PAGESIZE)
         self._unsupported: set[int] = set()
         self._dsync = os.RWF_DSYNC
         self._mapping = FileMapping(fd, start, size)
@@ -140,6 +144,15 @@ class RawStorage(Storage):
         return cls(path, fd, start=offset, size=size, read_only=read_only, device=device)
 
     # Reading and writing.
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether there may be holes."""
+        return self._shared[_SPARSE] != 0
+
+    @is_sparse.setter
+    def is_sparse(self, value: bool) -> None:
+        self._shared[_SPARSE] = value
 
     @property
     def plain_file(self) -> PlainFile:
@@ -333,12 +346,12 @@ class RawStorage(Storage):
     # then on every flush fails, until somebody has looked and starts the server again.
 
     def _check_lost(self) -> None:
-        if self._lost:
-            raise OSError(self._lost, f"{self.name}: earlier writes were lost")
+        if lost := self._shared[_LOST_ERRNO]:
+            raise OSError(lost, f"{self.name}: earlier writes were lost")
 
     def _note_lost(self, error: OSError) -> None:
         if error.errno in _LOST:
-            self._lost = error.errno or errno.EIO
+            self._shared[_LOST_ERRNO] = error.errno or errno.EIO
 
     def close(self) -> None:
         """Close the file."""

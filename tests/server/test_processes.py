@@ -1,0 +1,170 @@
+"""Connections that are served by further processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdlink.server import Catalogue, Export
+from nbdlink.server.processes import Processes
+from nbdlink.storage.raw import RawStorage
+
+from .fakes import DISC, READ, WRITE, MemoryStorage, RawClient, request
+
+
+class Server:
+    """`nbdlink serve --processes 3`, as `RawClient` needs it."""
+
+    def __init__(self, folder):
+        self.image = folder / "image"
+        self.image.write_bytes(bytes(1 << 20))
+        self.addresses = [str(folder / "socket")]
+        words = f"-v --processes 3 -k {self.addresses[0]} {self.image}".split()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nbdlink", "serve", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout.readline()
+
+    @property
+    def children(self):
+        pid = self.process.pid
+        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def end(self):
+        """Give the exit status and the log."""
+        log = self.process.communicate(timeout=20)[1]
+        return self.process.returncode, log
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+def threads(pid):
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+@pytest.fixture
+def four(server):
+    """Four clients, one in each process."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(server)) for _ in range(4)]
+        for client in clients:
+            assert client.ask(READ, 0, 512) == (0, bytes(512))
+        yield clients
+
+
+def test_connections_are_spread(server, four):
+    assert [threads(child) for child in server.children] == [2, 2, 2]
+
+
+def test_the_place_of_one_that_left_is_taken(server, four, eventually):
+    four[1].send(request(DISC))
+    assert four[1].hung_up()
+    eventually(lambda: sorted(threads(child) for child in server.children) == [1, 2, 2])
+    with RawClient(server) as client:
+        assert client.ask(READ, 0, 16) == (0, bytes(16))
+        assert [threads(child) for child in server.children] == [2, 2, 2]
+
+
+def test_what_one_process_writes_the_others_read(four):
+    for number, writer in enumerate(four):
+        data = bytes([number + 1]) * 4096
+        assert writer.write(8192, data) == 0
+        assert [reader.ask(READ, 8192, 4096) for reader in four] == [(0, data)] * 4
+
+
+def test_all_clients_leave_when_the_service_stops(server, four):
+    server.process.terminate()
+    assert all(client.hung_up() for client in four)
+    status, log = server.end()
+    assert (status, log.count("was let go") + log.count("hung up after")) == (0, 4), log
+
+
+def test_what_has_arrived_is_answered_before_the_end(server, four):
+    for client in four:
+        client.send(request(WRITE, 0, 100_000) + bytes(50_000))
+    server.process.terminate()
+    for client in four:
+        client.send(bytes(50_000))
+        assert client.reply() == (0, 7, b"")
+        assert client.hung_up()
+    assert server.end()[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_for_the_first_process(server, four, number):
+    for child in server.children:
+        os.kill(child, number)
+    assert all(client.ask(READ, 0, 16) == (0, bytes(16)) for client in four)
+
+
+def test_no_process_outlives_the_first(server, four, eventually):
+    children = server.children
+    server.process.kill()
+    for child in children:
+        eventually(lambda child=child: not Path(f"/proc/{child}/exe").exists())
+    assert all(client.hung_up() for client in four)
+
+
+def test_a_process_that_dies_takes_only_its_own_clients_along(server, four):
+    os.kill(server.children[0], signal.SIGKILL)
+    dead = [client for client in four if not _answers(client)]
+    assert len(dead) == 1
+    with RawClient(server) as client:
+        assert client.ask(READ, 0, 16) == (0, bytes(16))
+    server.process.terminate()
+    status, log = server.end()
+    assert status == 0
+    assert "which served it, has died" in log
+
+
+def _answers(client):
+    try:
+        return client.ask(READ, 0, 16) == (0, bytes(16))
+    except Exception:
+        return False
+
+
+def test_a_broken_protocol_is_told_by_the_first_process(server, four):
+    for client in four:
+        client.send(bytes(28))
+        assert client.hung_up()
+    server.process.terminate()
+    assert server.end()[1].count("hung up on: a request begins with the magic 0x00000000") == 4
+
+
+def test_a_storage_in_memory_is_served_by_one_process():
+    processes = Processes(3, Catalogue([Export("", MemoryStorage())]))
+    processes.start(lambda: None)
+    assert processes._children == []
+
+
+def test_a_lost_write_is_known_to_every_process(tmp_path):
+    (tmp_path / "image").write_bytes(bytes(4096))
+    storage = RawStorage.open(tmp_path / "image")
+    pid = os.fork()
+    if not pid:
+        storage._note_lost(OSError(errno.EIO, "the disk fails"))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    with pytest.raises(OSError, match="earlier writes were lost"):
+        storage.flush()
+    storage.close()
