@@ -17,7 +17,8 @@ from nbdlink.sizes import format_size, parse_seconds
 
 if TYPE_CHECKING:
     from nbdlink import kernel
-    from nbdlink.client.negotiate import NegotiatedExport, Negotiation
+    from nbdlink.client.export import NegotiatedExport
+    from nbdlink.client.negotiate import Negotiation
     from nbdlink.link.record import Record
     from nbdlink.protocol.messages import ExportListing
     from nbdlink.uri import Target

@@ -12,7 +12,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
 
-from nbdlink.client.negotiate import DEFAULT_TIMEOUT, NegotiatedExport, negotiate_best
+from nbdlink.client.export import NegotiatedExport
+from nbdlink.client.negotiate import DEFAULT_TIMEOUT, negotiate_best
 from nbdlink.client.pipeline import Pending, Pipeline
 from nbdlink.errors import LocalProtocolError, NBDError
 from nbdlink.protocol.chunks import Extent, pack_status_filter

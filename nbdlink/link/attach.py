@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from nbdlink import kernel
-from nbdlink.client.negotiate import DEFAULT_TIMEOUT, NegotiatedExport, negotiate
+from nbdlink.client.export import NegotiatedExport
+from nbdlink.client.negotiate import DEFAULT_TIMEOUT, negotiate
 from nbdlink.errors import (
     ConfigError,
     DeviceBusyError,

@@ -30,7 +30,6 @@ connection that has been idle for a second gives back what it has touched.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import socket
@@ -59,12 +58,13 @@ from nbdlink.protocol.constants import (
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST, SIMPLE_REPLY
 from nbdlink.server.executor import PIECE, Executor
 from nbdlink.server.intake import INBOX, SPLICE, HungUpError, Intake, StoringFailedError, buffer
-from nbdlink.server.longreads import LONG, LongReads, nowait_flag
+from nbdlink.server.lending import LONG, Lending, Read
 from nbdlink.server.negotiate import NegotiatedSession
-from nbdlink.server.outlet import Outlet
+from nbdlink.server.outlet import Outlet, Part
 from nbdlink.server.replies import ReplyFormat
 from nbdlink.server.sessions import Session
 from nbdlink.server.workers import Workers
+from nbdlink.storage.mapping import NO_WINDOW, PAGE
 
 # Plain numbers: comparing with a member of an enum takes three times as long.
 _READ: Final = int(Command.READ)
@@ -82,10 +82,10 @@ _EINVAL: Final = int(Error.EINVAL)
 # tenth of the interpreter's share.
 _REQUEST_WORDS: Final = struct.Struct(">QQQI").unpack_from
 _EXTENDED_REQUEST_WORDS: Final = struct.Struct(">QQQQ").unpack_from
-_SIMPLE_WORDS: Final = struct.Struct(">QQ").pack_into
-_STRUCTURED_DATA_WORDS: Final = struct.Struct(">QQIQ").pack_into
-_EXTENDED_DATA_WORDS: Final = struct.Struct(">QQQQQ").pack_into
-_EXTENDED_WORDS: Final = struct.Struct(">QQQQ").pack_into
+_SIMPLE_WORDS: Final = struct.Struct(">QQ")
+_STRUCTURED_DATA_WORDS: Final = struct.Struct(">QQIQ")
+_EXTENDED_DATA_WORDS: Final = struct.Struct(">QQQQQ")
+_EXTENDED_WORDS: Final = struct.Struct(">QQQQ")
 
 _SIMPLE_OK: Final = SIMPLE_REPLY_MAGIC << 32
 _STRUCTURED_DATA: Final = (
@@ -98,6 +98,9 @@ _WHOLE: Final = 128 * 1024
 """Bytes of the longest write that is received together with its neighbours."""
 _OUTBOX: Final = 256 * 1024
 """Bytes of replies that are sent before another request is looked at."""
+_MOST_PARTS: Final = 512
+"""Buffers that one system call sends; the kernel's limit is 1024."""
+_PAGE_SHIFT: Final = PAGE.bit_length() - 1
 _SLOW: Final = 0.01
 """Seconds for one inbox of requests, from which on the storage is taken to be slow."""
 _PENALTY: Final = 16
@@ -128,9 +131,11 @@ class Transmission:
         self._outlet = outlet = Outlet(session.sock, workers)
         self._executor = Executor(export, negotiated.contexts, form, outlet, session)
         plain = self._storage.plain_file
-        self._long_reads = plain and LongReads(
-            session, self._storage, plain, form, outlet, workers, self._executor
+        self._lending = plain and Lending(
+            self._storage, plain, form, outlet, workers, self._executor
         )
+        self._nowait = _nowait_flag(plain.fd) if plain else 0
+        self._tick = 0  # the time, as `FileMapping.seen` has it
         # Data is page aligned behind the first header.
         head = form.data.size
         self._outbox_memory, self._outbox = buffer(_OUTBOX + LONG + head, mmap.PAGESIZE - head)
@@ -172,8 +177,10 @@ class Transmission:
         # call 1 %, an enum operation 5 %.
         session, intake, workers = self._session, self._intake, self._workers
         sock, inbox, outbox = session.sock, intake.inbox, self._outbox
-        recv_into, send, preadv, pwrite = sock.recv_into, sock.send, os.preadv, os.pwrite
-        pack_simple, pack_data = _SIMPLE_WORDS, _STRUCTURED_DATA_WORDS
+        recv_into, send, sendmsg = sock.recv_into, sock.send, sock.sendmsg
+        preadv, pwrite = os.preadv, os.pwrite
+        pack_simple, pack_simple_into = _SIMPLE_WORDS.pack, _SIMPLE_WORDS.pack_into
+        pack_data = _STRUCTURED_DATA_WORDS.pack
         header, data_header = self._request.size, self._form.data.size
         simple = self._form.style == HeaderStyle.SIMPLE
         extended = self._form.style == HeaderStyle.EXTENDED
@@ -183,16 +190,23 @@ class Transmission:
         a_write = magic << 32 | (_PAYLOAD << 16 if extended else 0) | _WRITE
         size, misaligned = self._rules.size, self._rules.minimum_block - 1
         # Only a plain file has the fast ways: up to how many bytes.
-        file, base, in_memory, nowait = -1, 0, True, 0
+        file, base, in_memory, nowait = -1, 0, True, self._nowait
         short = long = 0
         whole = -1
+        parts: list[Part] = []
+        reads: list[Read | tuple[int, int, int]] = []
+        pages, first, last = NO_WINDOW
+        seen = None
         if plain := self._storage.plain_file:
-            file, base, in_memory = plain
+            assert self._lending
+            file, base, in_memory, mapping = plain
             short, long = LONG, self._rules.maximum_payload
             whole = -1 if self._export.is_read_only else _WHOLE
-            nowait = nowait_flag(file)
+            parts, reads = self._lending.parts, self._lending.reads
+            seen = None if in_memory else mapping.seen
         quickly = short, long, whole
-        parts = self._long_reads.parts if self._long_reads else ()
+        lends = False  # whether short reads are sent from the file's pages
+        inboxes = 0
         patience, penalty = 0, _PENALTY  # inboxes left to the workers, and how many next time
         waited = trust = 0  # how often the thread has slept, inboxes that went well since
         armed = False  # whether a receive gives up after _IDLE seconds
@@ -209,7 +223,12 @@ class Transmission:
                 if not in_memory and (end > 8192 or (end > header and not nowait)):
                     began = monotonic()
                     waited = getrusage(RUSAGE_THREAD).ru_nvcsw
+                if not inboxes & 63:
+                    self._tick = tick = int(monotonic()) >> 3 & 127 | 128
+                    lends = short > 0 and self._can_lend()
+                inboxes += 1
                 position = 0  # bytes of replies in the outbox
+                lent = 0  # bytes of replies that are sent from the file
                 longest = 0  # bytes of the last long write
                 while end - start >= header:
                     kind, cookie, offset, length = unpack(inbox, start)
@@ -219,32 +238,64 @@ class Transmission:
                         and offset + length <= size
                         and not (misaligned and (offset | length) & misaligned)
                     ):
+                        if (
+                            lends
+                            and first <= offset
+                            and offset + length <= last
+                            and (
+                                seen is None
+                                or (
+                                    seen[base + offset >> _PAGE_SHIFT] == tick
+                                    and seen[base + offset + length - 1 >> _PAGE_SHIFT] == tick
+                                )
+                            )
+                        ):
+                            # No call for what differs: it would cost more than the packing.
+                            if simple:
+                                opening = pack_simple(_SIMPLE_OK, cookie)
+                            elif extended:
+                                opening = _EXTENDED_DATA_WORDS.pack(
+                                    _EXTENDED_DATA, cookie, offset, length + 8, offset
+                                )
+                            else:
+                                opening = pack_data(_STRUCTURED_DATA, cookie, length + 8, offset)
+                            parts.append(opening)
+                            parts.append(pages[offset - first : offset - first + length])
+                            reads.append((cookie, offset, length))
+                            lent += data_header + length
+                            start += header
+                            requests += 1
+                            bytes_read += length
+                            if lent >= _OUTBOX or len(parts) > _MOST_PARTS:
+                                position = lent = self._send_all(position, lent)
+                                began = 0.0
+                            continue
+                        if lends:
+                            if not first <= offset < last:
+                                pages, first, last = mapping.window(offset)
+                            if offset < first or offset + length > last:
+                                pass  # not mapped: copied
+                            elif seen is None or mapping.is_cached(offset, length, nowait, tick):
+                                continue  # once more
+                            else:
+                                start += header
+                                requests += 1
+                                self._dispatch(_READ, 0, cookie, offset, length)
+                                continue
+
                         body = position + data_header
                         after = body + length
                         try:
                             count = preadv(file, (outbox[body:after],), base + offset, nowait)
-                        except OSError as failure:
+                        except OSError:
                             count = -1
-                            if nowait and failure.errno == errno.EOPNOTSUPP:
-                                nowait = 0  # only some files can tell
-                                continue
                         start += header
                         requests += 1
                         if count != length:
                             # Not in the page cache; or it fails, and the storage knows why.
                             self._dispatch(_READ, 0, cookie, offset, length)
                             continue
-                        # No method here: a call would cost more than the packing does.
-                        if simple:
-                            pack_simple(outbox, position, _SIMPLE_OK, cookie)
-                        elif extended:
-                            _EXTENDED_DATA_WORDS(
-                                outbox, position, _EXTENDED_DATA, cookie, offset, length + 8, offset
-                            )
-                        else:
-                            pack_data(
-                                outbox, position, _STRUCTURED_DATA, cookie, length + 8, offset
-                            )
+                        outbox[position:body] = self._form.data_header(cookie, offset, length)
                         position = after
                         bytes_read += length
 
@@ -266,15 +317,17 @@ class Transmission:
                             count = -1
                         if count != length:
                             # Once more, by the storage, which knows what to say.
-                            position = self._send(position)
+                            position = lent = self._send_all(position, lent)
                             data = inbox[payload:after]
                             self._executor.perform(_WRITE, 0, cookie, offset, length, data)
                             continue
                         if extended:
-                            _EXTENDED_WORDS(outbox, position, _EXTENDED_OK, cookie, offset, 0)
+                            _EXTENDED_WORDS.pack_into(
+                                outbox, position, _EXTENDED_OK, cookie, offset, 0
+                            )
                             position += EXTENDED_REPLY.size
                         else:
-                            pack_simple(outbox, position, _SIMPLE_OK, cookie)
+                            pack_simple_into(outbox, position, _SIMPLE_OK, cookie)
                             position += SIMPLE_REPLY.size
                         bytes_written += length
 
@@ -284,14 +337,24 @@ class Transmission:
                         and offset + length <= size
                         and not (misaligned and (offset | length) & misaligned)
                     ):
-                        position = self._send(position)
                         start += header
                         requests += 1
-                        self._read_long(0, cookie, offset, length)
+                        assert self._lending
+                        queued = self._lending.answer(
+                            cookie, offset, length, whole=False, nowait=nowait, tick=tick
+                        )
+                        if queued < 0:
+                            self._dispatch(_READ, 0, cookie, offset, length)
+                        else:
+                            lent += queued
+                            bytes_read += length
+                            if lent >= _OUTBOX:
+                                position = lent = self._send_all(position, lent)
+                                began = 0.0
 
                     else:
                         # A step aside, for whatever is rare or wrong.
-                        position = self._send(position)
+                        position = lent = self._send_all(position, lent)
                         if kind >> 32 != magic:
                             raise RemoteProtocolError(
                                 f"a request begins with the magic {kind >> 32:#010x}"
@@ -322,7 +385,7 @@ class Transmission:
                         if not nowait:
                             short = long = 0
                     if position >= _OUTBOX:
-                        position = self._send(position)
+                        position = lent = self._send_all(position, lent)
                         began = 0.0  # sending may take as long as the client likes
 
                 if patience:
@@ -333,15 +396,22 @@ class Transmission:
                 elif penalty > _PENALTY and (trust := trust + 1) > penalty:
                     penalty = _PENALTY
 
-                if position:
-                    if workers.pending:
-                        self._send(position)
+                if workers.pending or (lent and position):
+                    self._send_all(position, lent)
+                elif lent:
+                    try:
+                        count = sendmsg(parts)
+                    except OSError:
+                        count = 0  # tried again, to see which it is
+                    if count == lent:
+                        parts.clear()
+                        reads.clear()
                     else:
-                        count = send(outbox[:position])
-                        if count < position:
-                            self._outlet.send(outbox[count:position])
-                if parts:
-                    self._send_long_reads()
+                        self._go_on_sending(0, lent, count)
+                elif position:
+                    count = send(outbox[:position])
+                    if count < position:
+                        self._outlet.send(outbox[count:position])
                 session.progress = requests, bytes_read, bytes_written
 
                 limit = INBOX
@@ -368,6 +438,7 @@ class Transmission:
                             self._outbox_memory.madvise(mmap.MADV_DONTNEED)
                             armed = False
                             intake.set_timeout(0)
+                            inboxes = 0  # the tick is old by now
                     session.idle = False
                     if not armed:
                         armed = True
@@ -393,16 +464,38 @@ class Transmission:
 
     # Sending.
 
-    def _send(self, position: int) -> int:
-        """Send the first `position` bytes of the outbox; give 0, the new position."""
+    def _send_all(self, position: int, lent: int) -> int:
+        """Send what waits, and give 0.
+
+        Args:
+            position: bytes of replies in the outbox.
+            lent: bytes of replies that are sent from the file.
+        """
+        if not lent:
+            if position:
+                self._outlet.send(self._outbox[:position])
+            return 0
+        assert self._lending
         if position:
-            self._outlet.send(self._outbox[:position])
+            self._lending.parts.insert(0, self._outbox[:position])
+        return self._go_on_sending(position, position + lent, 0)
+
+    def _go_on_sending(self, lead: int, total: int, sent: int) -> int:
+        """Send what is left of the parts, and give 0; for the arguments see `Lending.send`."""
+        assert self._lending
+        for cookie, offset, length in self._lending.send(lead, total, sent):
+            self._dispatch(_READ, _DF, cookie, offset, length)
         return 0
 
-    def _send_long_reads(self) -> None:
-        assert self._long_reads
-        for cookie, offset, length in self._long_reads.send():
-            self._dispatch(_READ, _DF, cookie, offset, length)
+    def _can_lend(self) -> bool:
+        """Tell whether short reads may be sent from the file's pages without a look."""
+        plain = self._storage.plain_file
+        if plain is None:
+            return False
+        if plain.in_memory:
+            # To read a hole there by its page would make it one.
+            return not self._storage.is_sparse
+        return self._nowait != 0 and plain.mapping.seen is not None
 
     # Requests that the loop does not do itself.
 
@@ -451,8 +544,6 @@ class Transmission:
             self._executor.refuse(error, cookie, offset)
         elif command == _READ and not length:
             self._outlet.send(self._form.nothing_read(cookie, offset))
-        elif command == _READ and inline and length >= LONG and self._long_reads:
-            self._read_long(flags, cookie, offset, length)
         elif command == _WRITE:
             data = self._intake.inbox[payload:after]
             if inline and not flags and self._storage.plain_file:
@@ -500,8 +591,6 @@ class Transmission:
                 request = (command, flags, cookie, offset, length, kept, only)
                 if workers.submit(self._job(*request), cost, reserved=True):
                     return
-        if self._long_reads and self._long_reads.parts:
-            self._send_long_reads()
         perform(command, flags, cookie, offset, length, data, only, frugal=True)
 
     def _job(self, *request: Any) -> Callable[[], None]:
@@ -515,13 +604,6 @@ class Transmission:
                 self._session.cut()
 
         return do
-
-    def _read_long(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        assert self._long_reads
-        if not self._long_reads.answer(cookie, offset, length, whole=flags & _DF != 0):
-            self._dispatch(_READ, flags, cookie, offset, length)
-        elif self._long_reads.is_enough:
-            self._send_long_reads()
 
     def _take_long(
         self,
@@ -606,3 +688,14 @@ class Transmission:
             return header - end
         length: int = self._request.unpack_from(self._intake.inbox)[5]
         return header + length - end
+
+
+def _nowait_flag(file: int) -> int:
+    """Give the flag of reads that do not wait, or 0 if the file system does not know it."""
+    try:
+        os.preadv(file, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return 0
+    return os.RWF_NOWAIT

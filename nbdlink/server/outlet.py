@@ -8,7 +8,6 @@ connection's thread takes it only while workers have something to do, which it s
 from __future__ import annotations
 
 import errno
-import os
 import socket
 import threading
 from collections.abc import Sequence
@@ -48,51 +47,31 @@ class Outlet:
         """Send a part of a reply; the caller holds the lock."""
         self._sock.sendall(data)
 
-    def send_vector(self, parts: Sequence[Part]) -> int:
+    def send_vector(self, parts: Sequence[Part], sent: int = 0) -> int:
         """Send many parts, as far as it goes; the caller holds the lock if it must.
+
+        Args:
+            parts: what to send.
+            sent: how many bytes of it have been sent already.
 
         Returns:
             How many bytes have been sent. Less than all of them means that the kernel could
             not read the rest (EFAULT), which happens only with memory lent from a file.
         """
-        sock, sent = self._sock, 0
-        index = inside = 0  # the part to go on with, and the byte in it
-        while index < len(parts):
+        index, inside = 0, sent  # the part to go on with, and the byte in it
+        while True:
+            while index < len(parts) and inside >= len(parts[index]):
+                inside -= len(parts[index])
+                index += 1
+            if index == len(parts):
+                return sent
             batch: list[Part] = list(parts[index : index + _GATHER])
-            if inside:
-                batch[0] = memoryview(batch[0])[inside:]
+            batch[0] = memoryview(batch[0])[inside:]
             try:
-                count = sock.sendmsg(batch)
+                count = self._sock.sendmsg(batch)
             except OSError as error:
                 if error.errno == errno.EFAULT:
                     return sent
                 raise
             sent += count
-            count += inside
-            while index < len(parts) and count >= len(parts[index]):
-                count -= len(parts[index])
-                index += 1
-            inside = count
-        return sent
-
-    def send_file(self, header: bytes, fd: int, position: int, length: int) -> int:
-        """Send a header and then a range of a file, without its bytes coming by here.
-
-        The caller holds the lock if it must.
-
-        Returns:
-            How many bytes of the file were sent; less than `length` if no more can be read.
-        """
-        sock, sent = self._sock, 0
-        sock.sendall(header, socket.MSG_MORE)
-        while sent < length:
-            try:
-                count = os.sendfile(sock.fileno(), fd, position + sent, length - sent)
-            except ConnectionError:
-                raise
-            except OSError:
-                break  # it is the file, or will show again
-            if not count:
-                break
-            sent += count
-        return sent
+            inside += count

@@ -8,6 +8,7 @@ left is done by the connection's own thread, which is slower and never wrong.
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 from collections.abc import Callable
@@ -17,6 +18,8 @@ THREADS: Final = 16
 """Requests of one connection that are worked on at once; nbdkit's default too."""
 _QUEUE: Final = 256
 """Requests of one connection that are worked on or wait for it; twice what kernels send."""
+_MUCH: Final = 1 << 20
+"""Bytes that a connection's jobs have held, from which on malloc is told to let go of them."""
 _LINGER: Final = 5.0
 """Seconds that a thread waits for another request before it ends."""
 
@@ -70,6 +73,7 @@ class Workers:
         self._budget = budget
         self._threads = 0
         self._closing = False
+        self._held = 0  # bytes that jobs have held, all in all
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], int] | None] = queue.SimpleQueue()
         self._changed = threading.Condition(threading.Lock())
 
@@ -101,6 +105,7 @@ class Workers:
                 self.release(size)
                 return False
             self.pending += 1
+            self._held += size
             self._jobs.put((job, size))
         return True
 
@@ -129,6 +134,9 @@ class Workers:
                             self._changed.notify_all()
         finally:
             self._budget.give(threads=1)
+            if not self._threads and self._held > _MUCH:
+                self._held = 0
+                _malloc_trim()(0)
 
     def _next(self) -> tuple[Callable[[], None], int] | None:
         """Wait for a job; None once this thread is to end, which is noted then."""
@@ -152,3 +160,16 @@ class Workers:
             self._closing = True
             for _ in range(self._threads):
                 self._jobs.put(None)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], object]:
+    """Give the function that has malloc give free memory back to the system.
+
+    By itself it keeps what threads that are gone have freed: hundreds of megabytes once a few
+    clients have read much at once. Other C libraries than glibc have no such function.
+    """
+    # Looked up at first use: ctypes takes longer to import than a short command may last.
+    import ctypes
+
+    return getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)

@@ -23,6 +23,7 @@ from nbdlink.protocol.constants import (
     DEFAULT_MINIMUM_BLOCK,
     DEFAULT_PREFERRED_BLOCK,
 )
+from nbdlink.storage.mapping import FileMapping
 
 
 class PlainFile(NamedTuple):
@@ -32,11 +33,13 @@ class PlainFile(NamedTuple):
         fd: an open file or block device; use positions, as its own offset is everybody's.
         start: where in it the storage's first byte lies.
         in_memory: whether it lies in memory as a whole, so that nothing has to be waited for.
+        mapping: the range as memory that only system calls may read.
     """
 
     fd: int
     start: int
-    in_memory: bool = False
+    in_memory: bool
+    mapping: FileMapping
 
 
 class Storage(abc.ABC):
@@ -159,10 +162,6 @@ class Storage(abc.ABC):
         What the engine does with it must mean the same as `read_into` and `write`; if a system
         call fails or falls short it asks those again, so only they need to know the reasons.
         """
-        return None
-
-    def lend(self, offset: int, length: int) -> memoryview | None:
-        """Lend a range as memory that only system calls may read, or None; see `FileMapping`."""
         return None
 
     @abc.abstractmethod

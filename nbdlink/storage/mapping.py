@@ -5,76 +5,124 @@ because the disk fails or the file has been truncated, the system call fails wit
 sends less; Python code that touched such a byte would be killed by SIGBUS instead. So the views
 are for system calls only, and never to be looked into.
 
-The file is mapped in windows, and only the windows used last stay mapped. One mapping of all
-of it would collect page tables for whatever was ever read: 2 GiB of them for a terabyte.
+A page that is not in the page cache would have to be waited for in the middle of a send. Whether
+it is there is asked with a read of one byte that does not wait, and remembered for some seconds
+(`seen`): that read costs half of what sending four kilobytes does.
+
+Two more things a reader of this code should know. The page tables of what has been read stay,
+8 bytes for 4096, until the window is unmapped; so only so much is mapped, and the rest of a
+file is read in other ways. And a read fault in a hole of a tmpfs file allocates a page, which
+no read would do; so holes there are not lent (`RawStorage.lend`).
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
-import threading
-from typing import Final
+from typing import Final, NamedTuple
+
+PAGE: Final = mmap.PAGESIZE
+"""Bytes; `Lent.seen` has one entry for each so many."""
+
+_WINDOW: Final = 4 << 30
+"""Bytes that are mapped at once."""
+_WINDOWS: Final = 16
+"""Windows of a file; their page tables can grow to 128 MiB, if 64 GiB were read."""
+_SEEN: Final = 1 << 30
+"""Pages of the largest file of which is remembered what was seen (4 TiB)."""
+_NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for
 
 _IN_MEMORY: Final = frozenset({0x01021994, 0x858458F6})
 """File systems that are nothing but page cache: tmpfs and ramfs (include/uapi/linux/magic.h)."""
 
-_WINDOW: Final = 1 << 30
-"""Bytes in a window; its page tables take 2 MiB at most."""
-_WINDOWS: Final = 16
-"""Windows that stay mapped."""
+
+class Window(NamedTuple):
+    """A part of the storage as memory.
+
+    Attributes:
+        pages: the bytes, for system calls only.
+        first: offset in the storage of the first one.
+        last: offset of the first byte behind.
+    """
+
+    pages: memoryview
+    first: int
+    last: int
+
+
+NO_WINDOW: Final = Window(memoryview(b""), 0, 0)
 
 
 class FileMapping:
-    """A range of an open file as memory. Safe to use from every thread."""
+    """A range of an open file as memory. Safe to use from every thread.
+
+    Attributes:
+        seen: when a page of the file was last found in the page cache, as a `tick`; or None.
+            It is indexed by the page's number in the file, not in the range.
+    """
 
     def __init__(self, fd: int, start: int, size: int) -> None:
         """Prepare to map `size` bytes from `start` on; nothing is mapped yet."""
         self._fd = fd
         self._start = start
         self._end = start + size
-        self._windows: dict[int, memoryview] = {}
-        self._changing = threading.Lock()
+        self._windows: dict[int, Window] = {}
+        pages = self._end // PAGE + 1
+        self.seen: mmap.mmap | None = None
+        if pages <= _SEEN:
+            # Takes memory only where something has been seen.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+            self.seen = mmap.mmap(-1, pages, flags)
 
-    def view(self, offset: int, length: int) -> memoryview | None:
-        """Lend the bytes of a range to a system call.
+    def window(self, offset: int) -> Window:
+        """Give the window that an offset of the range lies in, or `NO_WINDOW` if there is none.
 
-        Args:
-            offset: bytes from the start of the range that is mapped.
-            length: bytes.
-
-        Returns:
-            A read-only view, or None where two windows meet or nothing can be mapped.
+        It may be used until `close`.
         """
-        position = self._start + offset
-        number, inside = divmod(position, _WINDOW)
-        if inside + length > _WINDOW:
-            return None
+        number = (self._start + offset) // _WINDOW
         window = self._windows.get(number)
         if window is None:
-            window = self._map(number)
-            if window is None:
-                return None
-        return window[inside : inside + length]
-
-    def _map(self, number: int) -> memoryview | None:
-        begin = number * _WINDOW
-        try:
-            mapped = mmap.mmap(
-                self._fd,
-                min(_WINDOW, self._end - begin),
-                flags=mmap.MAP_SHARED,
-                prot=mmap.PROT_READ,
-                offset=begin,
-            )
-        except (OSError, ValueError):  # no memory for it, or the file is shorter by now
-            return None
-        # If two threads map the same window, one mapping is dropped with its last view.
-        with self._changing:
-            while len(self._windows) >= _WINDOWS:
-                del self._windows[next(iter(self._windows))]
-            window = self._windows[number] = memoryview(mapped)
+            if len(self._windows) >= _WINDOWS:
+                return NO_WINDOW
+            window = self._windows[number] = self._map(number)
         return window
+
+    def _map(self, number: int) -> Window:
+        begin = number * _WINDOW
+        end = min(begin + _WINDOW, self._end)
+        try:
+            flags, prot = mmap.MAP_SHARED, mmap.PROT_READ
+            mapped = mmap.mmap(self._fd, end - begin, flags=flags, prot=prot, offset=begin)
+        except (OSError, ValueError):  # no memory for it, or the file is shorter by now
+            return NO_WINDOW
+        before = max(0, self._start - begin)  # what lies in front of the range
+        pages = memoryview(mapped)[before:]
+        return Window(pages, begin + before - self._start, end - self._start)
+
+    def is_cached(self, offset: int, length: int, nowait: int, tick: int) -> bool:
+        """Tell whether a range is in the page cache, as far as its ends tell.
+
+        As the kernel reads ahead, what lies between is there as a rule.
+
+        Args:
+            offset: bytes from the start of the range.
+            length: bytes, more than 0.
+            nowait: RWF_NOWAIT.
+            tick: the present time for `seen`.
+        """
+        front = self._start + offset
+        back = front + length - 1
+        probe = bytearray(1)
+        try:
+            for position in {front // PAGE * PAGE, back // PAGE * PAGE}:
+                if not os.preadv(self._fd, (probe,), position, nowait):
+                    return False
+        except OSError:
+            return False
+        if self.seen is not None:
+            self.seen[front // PAGE] = self.seen[back // PAGE] = tick
+        return True
 
     def close(self) -> None:
         """Give the windows back; views that are still lent out keep theirs."""

@@ -157,11 +157,7 @@ class RawStorage(Storage):
     @property
     def plain_file(self) -> PlainFile:
         """The file itself."""
-        return PlainFile(self._fd, self.start, self._in_memory)
-
-    def lend(self, offset: int, length: int) -> memoryview | None:
-        """Lend pages of the file."""
-        return self._mapping.view(offset, length)
+        return PlainFile(self._fd, self.start, self._in_memory, self._mapping)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer`; EIO where the file has been truncated below the export's size."""
