@@ -41,7 +41,7 @@ from time import monotonic
 from typing import Any, Final
 
 from nbdlink.errors import RemoteProtocolError
-from nbdlink.protocol.chunks import EXTENDED_REPLY, parse_status_filter
+from nbdlink.protocol.chunks import parse_status_filter
 from nbdlink.protocol.constants import (
     EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
@@ -55,12 +55,13 @@ from nbdlink.protocol.constants import (
     ReplyFlag,
     ReplyType,
 )
-from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST, SIMPLE_REPLY
+from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
 from nbdlink.server.executor import PIECE, Executor
 from nbdlink.server.intake import INBOX, SPLICE, HungUpError, Intake, StoringFailedError, buffer
 from nbdlink.server.lending import LONG, Lending, Read
 from nbdlink.server.negotiate import NegotiatedSession
 from nbdlink.server.outlet import Outlet, Part
+from nbdlink.server.pace import Pace, set_policy
 from nbdlink.server.replies import ReplyFormat
 from nbdlink.server.sessions import Session
 from nbdlink.server.workers import Workers
@@ -135,7 +136,6 @@ class Transmission:
             self._storage, plain, form, outlet, workers, self._executor
         )
         self._nowait = _nowait_flag(plain.fd) if plain else 0
-        self._tick = 0  # the time, as `FileMapping.seen` has it
         # Data is page aligned behind the first header.
         head = form.data.size
         self._outbox_memory, self._outbox = buffer(_OUTBOX + LONG + head, mmap.PAGESIZE - head)
@@ -207,6 +207,7 @@ class Transmission:
         quickly = short, long, whole
         lends = False  # whether short reads are sent from the file's pages
         inboxes = 0
+        pace = Pace(monotonic())
         patience, penalty = 0, _PENALTY  # inboxes left to the workers, and how many next time
         waited = trust = 0  # how often the thread has slept, inboxes that went well since
         armed = False  # whether a receive gives up after _IDLE seconds
@@ -224,8 +225,11 @@ class Transmission:
                     began = monotonic()
                     waited = getrusage(RUSAGE_THREAD).ru_nvcsw
                 if not inboxes & 63:
-                    self._tick = tick = int(monotonic()) >> 3 & 127 | 128
+                    now = monotonic()
+                    tick = int(now) >> 3 & 127 | 128
                     lends = short > 0 and self._can_lend()
+                    if pace.look(now, requests, inboxes):
+                        set_policy(batch=pace.batch)
                 inboxes += 1
                 position = 0  # bytes of replies in the outbox
                 lent = 0  # bytes of replies that are sent from the file
@@ -325,10 +329,10 @@ class Transmission:
                             _EXTENDED_WORDS.pack_into(
                                 outbox, position, _EXTENDED_OK, cookie, offset, 0
                             )
-                            position += EXTENDED_REPLY.size
+                            position += 32
                         else:
                             pack_simple_into(outbox, position, _SIMPLE_OK, cookie)
-                            position += SIMPLE_REPLY.size
+                            position += 16
                         bytes_written += length
 
                     elif (
@@ -425,7 +429,8 @@ class Transmission:
                 if start == end:
                     start = 0
                     session.idle = True
-                    if session.ending:
+                    ending = session.ending
+                    if ending:
                         if not (left := self._left_to_hear()):
                             return "was let go"
                         limit = min(limit, left)
@@ -438,7 +443,7 @@ class Transmission:
                             self._outbox_memory.madvise(mmap.MADV_DONTNEED)
                             armed = False
                             intake.set_timeout(0)
-                            inboxes = 0  # the tick is old by now
+                            inboxes = (inboxes | 63) + 1  # the tick is old by now
                     session.idle = False
                     if not armed:
                         armed = True
@@ -452,13 +457,14 @@ class Transmission:
                         inbox[: end - start] = inbox[start:end]
                         start, end = 0, end - start
                     most = max(limit, end + header)
-                    if session.ending:
+                    ending = session.ending
+                    if ending:
                         # What has begun to arrive is taken to its end, and nothing behind it.
                         most = min(most, end + (self._left_to_hear() or self._missing(end)))
                     got = intake.receive(inbox[end:most])
                     end += got
-                if self._last is not None:
-                    self._last = max(0, self._last - got)
+                if ending:
+                    self._last = max(0, self._left_to_hear() - got)
         finally:
             session.progress = requests, bytes_read, bytes_written
 

@@ -180,10 +180,14 @@ class Service:
         def caught(number: int, _: FrameType | None) -> None:
             # A handler may run while its own thread holds any lock, so it takes none.
             signals.append(number)
-            os.eventfd_write(self._finished, 1)
+            os.write(self._finished, b"\0")
 
         numbers = (signal.SIGTERM, signal.SIGINT)
-        self._finished = os.eventfd(0, os.EFD_CLOEXEC)
+        finished, self._finished = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(finished, True)
+        # The interpreter rings as well: it runs handlers in this thread only, and a signal that
+        # the kernel gives to another one, or that comes just before the read, does not end it.
+        wakeup = signal.set_wakeup_fd(self._finished, warn_on_full_buffer=False)
         before = [(number, signal.signal(number, caught)) for number in numbers]
         try:
             self.start()
@@ -195,9 +199,7 @@ class Service:
                 raise
             # One read may be rung for by several at once: look at everything each time.
             while not self._done:
-                # Not os.eventfd_read, which gives up when a signal comes (EINTR) where os.read
-                # goes on.
-                os.read(self._finished, 8)
+                os.read(finished, 4096)
                 if len(signals) > 1:
                     _log.warning("told to stop twice: breaking off")
                     self.abort()
@@ -211,7 +213,9 @@ class Service:
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
             if not self._thread.is_alive():
+                os.close(finished)
                 os.close(self._finished)
 
     def uri(self, export: str = "") -> str:
@@ -249,7 +253,7 @@ class Service:
         # Whatever happened, whoever runs the service must hear that it is over.
         self._done = True
         if self._finished >= 0:
-            os.eventfd_write(self._finished, 1)
+            os.write(self._finished, b"\0")
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         """Take clients in until there is nobody left to wait for at the end."""

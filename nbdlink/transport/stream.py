@@ -139,9 +139,16 @@ def _connect_tcp(host: str, port: int, deadline: Deadline) -> socket.socket:
     raise failure or OSError(errno.EADDRNOTAVAIL, "the host has no address")
 
 
+UNIX_BUFFER: Final = 1 << 20
+"""Bytes that may be under way in a Unix socket, if the system allows so many."""
+
+
 def tune(sock: socket.socket) -> None:
     """Set what every NBD socket wants: requests go out at once, a dead peer is noticed."""
     if sock.family == socket.AF_UNIX:
+        # TCP's buffers grow by themselves. A queue of 64 times 4 KiB fills what a Unix socket
+        # has from the start, and the two sides then wake each other for every few replies.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER)
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
