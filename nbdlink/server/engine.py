@@ -33,6 +33,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -497,6 +498,10 @@ class Transmission:
         """Tell whether short reads may be sent from the file's pages without a look."""
         plain = self._storage.plain_file
         if plain is None:
+            return False
+        status = os.fstat(plain.fd)
+        if stat.S_ISREG(status.st_mode) and status.st_size < plain.start + self._storage.size:
+            # It has been truncated. The rest of its last page can be read there, as zeroes.
             return False
         if plain.in_memory:
             # To read a hole there by its page would make it one.

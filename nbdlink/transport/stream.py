@@ -12,6 +12,7 @@ import socket
 import stat
 import time
 from pathlib import Path
+from typing import Final
 
 from nbdlink.errors import ConfigError, TransportError
 from nbdlink.uri import Target

@@ -188,10 +188,6 @@ def test_a_name_that_is_not_there(pair, option, name):
     [
         Option.PEEK_EXPORT,
         Option.STARTTLS,
-        Option.STRUCTURED_REPLY,
-        Option.LIST_META_CONTEXT,
-        Option.SET_META_CONTEXT,
-        Option.EXTENDED_HEADERS,
         0,
         12,
         0xFFFF_FFFF,
