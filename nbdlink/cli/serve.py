@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nbdlink.server.daemon import (
         PidFile,
         fork_to_background,
+        leave_terminal,
         log_to_syslog,
         raise_descriptor_limit,
     )
@@ -92,6 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
             undo.callback(storage.close)
         listeners = inherited or _listeners(arguments)
         undo.pop_all()
+
+    def detach() -> None:
+        # The further processes would keep the starter's pipes open, and its `$(...)` waiting.
+        leave_terminal()
+        log_to_syslog()
+
     service = Service(
         catalogue,
         listeners,
@@ -101,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
         inherited=bool(inherited),
         on_stopping=lambda: notify("STOPPING=1"),
         processes=_processes(arguments.processes),
+        on_fork=detach if background is not None else lambda: None,
     )
 
     def ready() -> None:

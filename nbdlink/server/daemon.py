@@ -58,18 +58,23 @@ def fork_to_background() -> Callable[[], None]:
     os.close(reader)
 
     def ready() -> None:
-        os.setsid()
-        os.chdir("/")  # whatever it was started from can be unmounted
-        null = os.open(os.devnull, os.O_RDWR)
-        for number in range(3):
-            os.dup2(null, number)
-        if null > 2:
-            os.close(null)
+        leave_terminal()
         # Fails if the parent was killed: then nobody knows that there is a server.
         os.write(writer, b"!")
         os.close(writer)
 
     return ready
+
+
+def leave_terminal() -> None:
+    """Let go of whatever this process was started from: terminal, pipes and directory."""
+    os.setsid()
+    os.chdir("/")  # so that it can be unmounted
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in range(3):
+        os.dup2(null, number)
+    if null > 2:
+        os.close(null)
 
 
 def _wait_for(child: int, reader: int) -> int:

@@ -68,11 +68,11 @@ class Processes:
 
     # In the first process.
 
-    def start(self, close: Callable[[], None]) -> None:
+    def start(self, begin: Callable[[], None]) -> None:
         """Fork. No other thread may exist.
 
         Args:
-            close: called in each new process, to close what it must not hold open.
+            begin: called in each new process, to close what it must not hold open.
         """
         if not any(storage.may_fork for storage in self._catalogue.storages):
             return
@@ -91,8 +91,7 @@ class Processes:
                 ours.close()
                 for child in self._children:
                     child.control.close()
-                close()
-                _Server(self._catalogue, theirs).run()
+                _Server(self._catalogue, theirs).run(begin)
             theirs.close()
             self._children.append(_Child(pid, ours))
         for child in self._children:
@@ -202,10 +201,11 @@ class _Server:
         self._control = control
         self._sessions: dict[int, Session] = {}
 
-    def run(self) -> NoReturn:
-        """Serve what comes until the first process has gone."""
+    def run(self, begin: Callable[[], None]) -> NoReturn:
+        """Serve what comes until the first process has gone; `begin` is called first."""
         status = 1
         try:
+            begin()
             # Signals are for the first process, which tells what to do. A terminal and a
             # service manager send them to all.
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

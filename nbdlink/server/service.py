@@ -83,6 +83,7 @@ class Service:
         inherited: bool = False,
         on_stopping: Callable[[], None] = lambda: None,
         processes: int = 0,
+        on_fork: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare a service; nothing is accepted before it starts.
 
@@ -100,11 +101,13 @@ class Service:
             on_stopping: called once it begins to stop, in a thread of the service.
             processes: how many further processes may serve connections. They are forked when
                 the service starts, which must be done before there are threads.
+            on_fork: called in each of them first.
         """
         self.catalogue = catalogue
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
         self.addresses = [_address(sock) for sock in listeners]
         self._processes = Processes(processes, catalogue)
+        self._on_fork = on_fork
         self._listeners = list(listeners)
         self._inherited = inherited
         self._paths = [] if inherited else [_socket_file(sock) for sock in listeners]
@@ -132,7 +135,7 @@ class Service:
 
     def start(self) -> None:
         """Begin to accept clients, in a thread of its own."""
-        self._processes.start(self._close_listeners)
+        self._processes.start(self._begin_process)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread.start()
 
@@ -385,6 +388,10 @@ class Service:
             session.take_leave()
 
     # The end.
+
+    def _begin_process(self) -> None:
+        self._close_listeners()
+        self._on_fork()
 
     def _close_listeners(self) -> None:
         for sock in self._listeners:

@@ -71,6 +71,16 @@ def nbdkit(image: Path, folder: Path) -> Iterator[Target]:
 
 
 @contextlib.contextmanager
+def qemu_nbd_of(uri: str, folder: Path, *, read_only: bool = False) -> Iterator[Target]:
+    """Have qemu-nbd pass an export on, as a client of another server."""
+    target = Target(socket=str(folder / "qemu.sock"), export="passed on")
+    command = ["qemu-nbd", "-k", str(target.socket), "-t", "-e", "0", "-f", "raw"]
+    command += ["-x", "passed on", *(["-r"] if read_only else []), uri]
+    with _running(command, target):
+        yield target
+
+
+@contextlib.contextmanager
 def qemu_nbd(image: Path, folder: Path) -> Iterator[Target]:
     """Serve `image` by qemu-nbd, to any number of clients, under a name."""
     target = Target(socket=str(folder / "qemu.sock"), export="data")

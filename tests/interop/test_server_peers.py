@@ -63,7 +63,7 @@ def test_nbdinfo_sees_what_the_export_can(run, uri):
     assert told == {
         "is_read_only": False,
         "can_cache": True,
-        "can_df": False,
+        "can_df": True,
         "can_fast_zero": True,
         "can_flush": True,
         "can_fua": True,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -335,3 +337,14 @@ def test_a_program_that_serves_once_ends_by_itself(program):
     status, log = program.end()
     assert status == 0
     assert "the last client has gone" in log
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_signal_is_heard_whichever_thread_it_reaches(program, once):
+    # The kernel gives a process's signal to any thread that takes it.
+    server = program(once=once)
+    pid = server.process.pid
+    other = max(int(task.name) for task in Path(f"/proc/{pid}/task").iterdir())
+    assert other != pid
+    ctypes.CDLL(None).tgkill(pid, other, signal.SIGTERM)
+    assert server.end()[0] == 0
