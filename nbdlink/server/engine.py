@@ -227,7 +227,7 @@ class Transmission:
                     waited = getrusage(RUSAGE_THREAD).ru_nvcsw
                 if not inboxes & 63:
                     now = monotonic()
-                    tick = int(now) >> 3 & 127 | 128
+                    tick = int(now) >> 5 & 127 | 128  # lasts 32 seconds, and is never 0
                     lends = short > 0 and self._can_lend()
                     if pace.look(now, requests, inboxes):
                         set_policy(batch=pace.batch)
@@ -313,7 +313,12 @@ class Transmission:
                         payload = start + header
                         after = payload + length
                         if after > end:
-                            break  # the rest will come
+                            if start or position or lent or session.ending:
+                                break  # the rest will come
+                            # Most clients send the payload after the header, in a call of its
+                            # own. To wait for it here saves a round through all below.
+                            end += intake.receive(inbox[end:INBOX])
+                            continue
                         start = after
                         requests += 1
                         try:

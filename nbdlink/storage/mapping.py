@@ -6,7 +6,7 @@ sends less; Python code that touched such a byte would be killed by SIGBUS inste
 are for system calls only, and never to be looked into.
 
 A page that is not in the page cache would have to be waited for in the middle of a send. Whether
-it is there is asked with a read of one byte that does not wait, and remembered for some seconds
+it is there is asked with a read of one byte that does not wait, and remembered for half a minute
 (`seen`): that read costs half of what sending four kilobytes does.
 
 Two more things a reader of this code should know. The page tables of what has been read stay,
@@ -68,6 +68,7 @@ class FileMapping:
         self._start = start
         self._end = start + size
         self._windows: dict[int, Window] = {}
+        self._probe = (bytearray(1),)  # what is read into it nobody looks at
         pages = self._end // PAGE + 1
         self.seen: mmap.mmap | None = None
         if pages <= _SEEN:
@@ -111,17 +112,19 @@ class FileMapping:
             nowait: RWF_NOWAIT.
             tick: the present time for `seen`.
         """
-        front = self._start + offset
-        back = front + length - 1
-        probe = bytearray(1)
+        position = self._start + offset
+        front, back = position // PAGE, (position + length - 1) // PAGE
+        seen = self.seen
+        if seen is not None and seen[front] == tick == seen[back]:
+            return True
         try:
-            for position in {front // PAGE * PAGE, back // PAGE * PAGE}:
-                if not os.preadv(self._fd, (probe,), position, nowait):
+            for page in (front, back) if front != back else (front,):
+                if not os.preadv(self._fd, self._probe, page * PAGE, nowait):
                     return False
         except OSError:
             return False
-        if self.seen is not None:
-            self.seen[front // PAGE] = self.seen[back // PAGE] = tick
+        if seen is not None:
+            seen[front] = seen[back] = tick
         return True
 
     def close(self) -> None:
