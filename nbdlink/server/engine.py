@@ -1,17 +1,17 @@
 """The transmission loop: one blocking thread for each connection, and workers for what is slow.
 
 How it works. One `recv_into` takes whatever has arrived; every complete request in the inbox is
-looked at; the replies are laid end to end in the outbox and leave in one `send`. A client with
-sixteen requests in flight so costs two network system calls for sixteen requests. Reads go
-from the page cache straight into the outbox, behind the bytes reserved for their header, and
-writes from the inbox straight into the file: no payload is copied here.
+looked at; the replies leave together in one system call. A client with sixteen requests in
+flight so costs two network system calls for sixteen requests. Reads are sent from the file's
+own pages, and writes go from the inbox straight into the file: no payload is copied here.
 
 The ways of a request, fastest first:
 
-  * Short reads that the page cache can answer at once (`RWF_NOWAIT`), and writes that fit into
-    the inbox: done in the loop, by one system call.
-  * Long reads from the page cache, sent from the file's own pages: `LongReads`.
-  * Long writes, received exactly or moved by the kernel: `Intake`.
+  * Reads of what is in the page cache: header and pages are put on a list, which is sent as a
+    whole (`Lending`; whether a page is there, `FileMapping` knows or asks).
+  * Reads of pages that cannot be lent: read into the outbox without waiting (`RWF_NOWAIT`).
+  * Writes that fit into the inbox: one system call each. Longer ones are received exactly, or
+    moved by the kernel: `Intake`.
   * Everything else, and all requests to storages that are no plain file: the `Executor`, in a
     worker thread. So a cold read, a flush or a slow disk never holds the queue up. Replies then
     come in another order than the requests, which the protocol allows.
