@@ -355,7 +355,7 @@ class Transmission:
                         )
                         if queued < 0:
                             self._dispatch(_READ, 0, cookie, offset, length)
-                        else:
+                        elif queued:
                             lent += queued
                             bytes_read += length
                             if lent >= _OUTBOX:

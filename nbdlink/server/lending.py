@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import Final, NamedTuple
 
+from nbdlink.protocol.constants import Command
 from nbdlink.server.executor import Executor
 from nbdlink.server.outlet import Outlet, Part
 from nbdlink.server.replies import ReplyFormat
@@ -18,6 +19,9 @@ from nbdlink.storage.base import PlainFile, Storage
 
 LONG: Final = 32 * 1024
 """Bytes from which on it is worth while to look for holes before a read."""
+
+
+_READ: Final = int(Command.READ)
 
 
 class Read(NamedTuple):
@@ -71,9 +75,12 @@ class Lending:
         Returns:
             How many bytes wait to be sent for it; 0 if the reply is out; -1 if a worker has to
             do it, as the disk has to be waited for, or it is a matter of several chunks.
+
+        Raises:
+            OSError: the connection broke.
         """
         _, _, in_memory, mapping = self._plain
-        if not in_memory and nowait and not mapping.is_cached(offset, length, nowait, tick):
+        if not in_memory and not (nowait and mapping.is_cached(offset, length, nowait, tick)):
             return -1
         if self._storage.is_sparse:
             try:
@@ -87,7 +94,9 @@ class Lending:
                 return 0
         window = mapping.window(offset)
         if not window.first <= offset <= offset + length <= window.last:
-            return -1
+            # Not mapped, or across two windows; but it is in the page cache.
+            self._executor.perform(_READ, 0, cookie, offset, length, frugal=True)
+            return 0
         begin = offset - window.first
         self.parts.append(self._form.data_header(cookie, offset, length))
         self.parts.append(window.pages[begin : begin + length])

@@ -10,9 +10,10 @@ it is there is asked with a read of one byte that does not wait, and remembered 
 (`seen`): that read costs half of what sending four kilobytes does.
 
 Two more things a reader of this code should know. The page tables of what has been read stay,
-8 bytes for 4096, until the window is unmapped; so only so much is mapped, and the rest of a
-file is read in other ways. And a read fault in a hole of a tmpfs file allocates a page, which
-no read would do; so holes there are not lent (`RawStorage.lend`).
+8 bytes for 4096, until the window is unmapped; so only so much is mapped at a time. A stream of
+reads takes its windows along; reads all over a larger file find many of them unmapped, and are
+copied, as mapping anew for each would cost more. And a read fault in a hole of a tmpfs file
+allocates a page, which no read would do; so the server lends no holes there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
+import time
 from typing import Final, NamedTuple
 
 PAGE: Final = mmap.PAGESIZE
@@ -29,6 +32,8 @@ _WINDOW: Final = 4 << 30
 """Bytes that are mapped at once."""
 _WINDOWS: Final = 16
 """Windows of a file; their page tables can grow to 128 MiB, if 64 GiB were read."""
+_TURN: Final = 1.0
+"""Seconds that pass before another window makes room for a new one."""
 _SEEN: Final = 1 << 30
 """Pages of the largest file of which is remembered what was seen (4 TiB)."""
 _NORESERVE: Final = 0x4000  # MAP_NORESERVE, which Python 3.11 has no name for
@@ -68,6 +73,8 @@ class FileMapping:
         self._start = start
         self._end = start + size
         self._windows: dict[int, Window] = {}
+        self._lock = threading.Lock()
+        self._next_turn = 0.0
         self._probe = (bytearray(1),)  # what is read into it nobody looks at
         pages = self._end // PAGE + 1
         self.seen: mmap.mmap | None = None
@@ -82,12 +89,20 @@ class FileMapping:
         It may be used until `close`.
         """
         number = (self._start + offset) // _WINDOW
-        window = self._windows.get(number)
-        if window is None:
+        return self._windows.get(number) or self._open(number)
+
+    def _open(self, number: int) -> Window:
+        with self._lock:
             if len(self._windows) >= _WINDOWS:
-                return NO_WINDOW
-            window = self._windows[number] = self._map(number)
-        return window
+                now = time.monotonic()
+                if now < self._next_turn:
+                    return NO_WINDOW
+                self._next_turn = now + _TURN
+                del self._windows[next(iter(self._windows))]  # the oldest
+            window = self._map(number)
+            if window is not NO_WINDOW:
+                self._windows[number] = window
+            return window
 
     def _map(self, number: int) -> Window:
         begin = number * _WINDOW

@@ -65,10 +65,20 @@ def test_a_window_shows_later_writes(file):
     assert sent(view) == b"later"
 
 
-def test_not_more_windows_than_bearable_are_mapped(file, monkeypatch):
+def windows(lent):
+    return [lend(lent, at, 10) is not None for at in range(0, SIZE, WINDOW)]
+
+
+def test_a_window_makes_room_for_another_only_now_and_then(file, monkeypatch):
     monkeypatch.setattr(mapping, "_WINDOWS", 2)
-    lent = FileMapping(file.fileno(), 0, SIZE)
-    assert [lend(lent, at, 10) is None for at in range(0, SIZE, WINDOW)] == [False] * 2 + [True] * 4
+    monkeypatch.setattr(mapping, "_TURN", 1000)
+    assert windows(FileMapping(file.fileno(), 0, SIZE)) == [True] * 3 + [False] * 3
+
+
+def test_a_stream_of_reads_takes_its_windows_along(file, monkeypatch):
+    monkeypatch.setattr(mapping, "_WINDOWS", 2)
+    monkeypatch.setattr(mapping, "_TURN", 0)
+    assert windows(FileMapping(file.fileno(), 0, SIZE)) == [True] * 6
 
 
 def test_a_view_outlives_the_mapping(file):
