@@ -148,6 +148,8 @@ def _processes(wanted: int | None) -> int:
     if wanted is not None:
         if wanted < 0:
             raise ConfigError("the number of processes cannot be negative", hint="0 is none")
+        if wanted > 256:
+            raise ConfigError(f"{wanted} processes are too many", hint="use up to 256")
         return wanted
     processors = len(os.sched_getaffinity(0))
     # Two for each, as they sleep half of the time; more than eight no network feeds.

@@ -296,7 +296,7 @@ class Connection:
         self._check(Command.BLOCK_STATUS, flags, offset, length)
         payload = None
         if len(names) < len(self.export.contexts):
-            if self.can(TransmissionFlag.BLOCK_STATUS_PAYLOAD):
+            if self._wide and self.can(TransmissionFlag.BLOCK_STATUS_PAYLOAD):
                 payload = memoryview(pack_status_filter(length, tuple(names.values())))
             else:
                 names = self.export.contexts  # the server cannot be told: all come

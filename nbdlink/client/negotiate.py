@@ -170,7 +170,9 @@ class Negotiation:
                 self._send(OptionRequest(Option.ABORT))
                 self._receive()
             elif self._machine.state is State.TRANSMISSION:
-                self._write(RequestHeader(Command.DISC, 0).pack())
+                goodbye = RequestHeader(Command.DISC, 0)
+                extended = self._machine.style == HeaderStyle.EXTENDED
+                self._write(goodbye.pack_extended() if extended else goodbye.pack())
         self._machine.close()
         self._socket.close()
 

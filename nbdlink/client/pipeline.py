@@ -282,7 +282,8 @@ class Pipeline:
             while True:
                 place = reader.buffer()
                 count = self._socket.recv_into(place)
-                reader.received(count)
+                if any(done not in requests for done in reader.received(count)):
+                    self._turn.notify_all()  # somebody else's reply has come along
                 # Less than asked for is all there is: no need to be told so by another call.
                 if count < len(place) or any(request.done for request in requests):
                     return

@@ -89,9 +89,9 @@ class Supply:
 
     def stop(self, failure: BaseException | None = None) -> None:
         """Give no more, because the source has ended or something failed."""
-        with self._lock:
-            self.failure = self.failure or failure
-            self._stopped = True
+        # Not under the lock: whoever holds it may be waiting for a server's answer.
+        self.failure = self.failure or failure
+        self._stopped = True
 
 
 def segments(
@@ -294,7 +294,8 @@ def run_lanes(lanes: Sequence[Lane], supply: Supply, progress: Progress | None =
         progress: is told every now and then, and at the end, how far they are.
 
     Raises:
-        Exception: what a lane failed with first; by then all of them have ended.
+        Exception: what a lane failed with first. All of them have ended by then, unless one
+            hangs in a system call.
     """
     # A thread that sleeps in a pipe nobody writes to cannot be woken: it may not keep the
     # program from ending.

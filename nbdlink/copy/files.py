@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -199,7 +198,9 @@ class FileDestination:
     def finish(self, size: int, *, flush: bool) -> None:
         """Give a stream's file its size, and bring all to the disk."""
         try:
-            if self.is_new:
+            status = os.fstat(self.fd)
+            # A stream may end in zeroes behind the end of the file, where a hole is nothing.
+            if self.is_new or (stat.S_ISREG(status.st_mode) and status.st_size < size):
                 os.ftruncate(self.fd, size)
             if flush:
                 os.fsync(self.fd)
@@ -315,7 +316,7 @@ def open_source(path: str) -> FileSource | StreamSource:
         StorageError: it cannot be opened.
     """
     if path == "-":
-        return _source_of("stdin", sys.stdin.fileno())
+        return _source_of("stdin", 0)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -334,7 +335,7 @@ def open_source(path: str) -> FileSource | StreamSource:
 def _source_of(name: str, fd: int) -> FileSource | StreamSource:
     # stdin may be a file, too: `nbdlink copy - TARGET < disk.img` is as fast as by its name.
     mode = os.fstat(fd).st_mode
-    if (stat.S_ISREG(mode) and os.lseek(fd, 0, os.SEEK_CUR) == 0) or stat.S_ISBLK(mode):
+    if (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and os.lseek(fd, 0, os.SEEK_CUR) == 0:
         return FileSource(name, fd if name != "stdin" else os.dup(fd))
     return StreamSource(name, fd)
 
@@ -346,7 +347,7 @@ def open_destination(path: str, *, allocate: bool) -> FileDestination | StreamDe
         StorageError: it cannot be opened.
     """
     if path == "-":
-        return StreamDestination("stdout", sys.stdout.fileno())
+        return StreamDestination("stdout", 1)
     try:
         mode = Path(path).stat().st_mode
     except OSError:

@@ -23,6 +23,7 @@ from nbdlink.copy.engine import (
 from nbdlink.copy.files import (
     FileDestination,
     FileSource,
+    StreamDestination,
     open_destination,
     open_source,
     same_file,
@@ -83,6 +84,12 @@ class Summary:
     verified: bool
 
 
+_NOT_COMPARABLE = ConfigError(
+    "what comes from or goes to a stream cannot be read again to compare it",
+    hint="leave --verify out, or copy to a file first",
+)
+
+
 def export_of(word: str) -> Target | None:
     """Tell an export from a path: a URI, or host:port unless there is such a file.
 
@@ -111,6 +118,8 @@ def copy(spec: CopySpec, watch: Watch | None = None) -> Summary:
         stack.callback(source.close)
         destination = _open_destination(spec)
         stack.callback(destination.close)
+        if spec.verify and (source.size is None or isinstance(destination, StreamDestination)):
+            raise _NOT_COMPARABLE
         destination.prepare(source.size)
         try:
             lanes, size = _copy(spec, source, destination, watch)
@@ -134,10 +143,7 @@ def _check(spec: CopySpec) -> None:
     if spec.source == NULL:
         raise ConfigError("null: is for a destination", hint="copy from a file, or from /dev/zero")
     if spec.verify and ("-" in (spec.source, spec.destination) or spec.destination == NULL):
-        raise ConfigError(
-            "what comes from or goes to a stream cannot be read again to compare it",
-            hint="leave --verify out, or copy to a file first",
-        )
+        raise _NOT_COMPARABLE
     if spec.connections is not None and not 1 <= spec.connections <= 64:
         raise ConfigError(f"{spec.connections} connections are not possible", hint="use 1 to 64")
     if not 1 <= spec.tuning.requests <= 1024:

@@ -43,7 +43,8 @@ class CompareLane(Lane):
             if different is not None:
                 # Segments come in order: what others have at hand may differ earlier.
                 self._supply.stop()
-                self.difference = min(different, self.difference or different)
+                if self.difference is None or different < self.difference:
+                    self.difference = different
             self.done += comparison.length
             self.data += comparison.length
             free.append(comparison.buffers)

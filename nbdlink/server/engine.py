@@ -152,14 +152,14 @@ class Transmission:
             OSError: the connection broke.
         """
         workers = self._workers
+        lost: OSError | None = None
         try:
             how = self._serve()
         except HungUpError:
             how = "hung up in the middle of a request"
-        except OSError:
-            if not self._failure:
-                raise
-            how = ""  # a worker has cut the connection, and this is how it shows
+        except OSError as error:
+            # A worker may have cut the connection, and then this is only how it shows.
+            how, lost = "", error
         except BaseException:
             if workers.pending:
                 self._session.cut()  # so that none waits for a client that does not read
@@ -168,8 +168,8 @@ class Transmission:
             # Nothing may reach the storage any more once the session counts as gone.
             workers.join()
             self._intake.close()
-        if self._failure:
-            raise self._failure
+        if failure := self._failure or lost:
+            raise failure
         return how
 
     def _serve(self) -> str:
@@ -350,9 +350,7 @@ class Transmission:
                         start += header
                         requests += 1
                         assert self._lending
-                        queued = self._lending.answer(
-                            cookie, offset, length, whole=False, nowait=nowait, tick=tick
-                        )
+                        queued = self._lending.answer(cookie, offset, length, nowait, tick)
                         if queued < 0:
                             self._dispatch(_READ, 0, cookie, offset, length)
                         elif queued:
@@ -648,6 +646,8 @@ class Transmission:
         Raises:
             RemoteProtocolError: far more is announced than may be sent; the error is out.
         """
+        if self._last is not None:
+            self._last = max(0, self._last - (length - (end - payload)))
         if error:
             if length > 2 * self._rules.maximum_payload:
                 self._executor.refuse(error, cookie, offset)

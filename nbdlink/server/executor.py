@@ -238,6 +238,14 @@ class Executor:
         Raises:
             StorageError: it cannot be read.
         """
+        try:
+            self._send_rest(offset, length)
+        except BaseException:
+            # Before the lock goes to somebody whose reply the client would take for the rest.
+            self._session.cut()
+            raise
+
+    def _send_rest(self, offset: int, length: int) -> None:
         end = offset + length
         buffer = memoryview(bytearray(min(length, PIECE)))
         while offset < end:

@@ -59,16 +59,13 @@ class Lending:
         self._workers = workers
         self._executor = executor
 
-    def answer(
-        self, cookie: int, offset: int, length: int, *, whole: bool, nowait: int, tick: int
-    ) -> int:
+    def answer(self, cookie: int, offset: int, length: int, nowait: int, tick: int) -> int:
         """Answer a long read, now or with the next `send`.
 
         Args:
             cookie: the request's.
             offset: the request's.
             length: the request's.
-            whole: whether the reply may not be divided into data and holes.
             nowait: RWF_NOWAIT, or 0 if the file system does not know it.
             tick: the present time for `FileMapping.seen`.
 
@@ -88,7 +85,7 @@ class Lending:
             except OSError:
                 return -1
             if any(is_hole for _, _, is_hole in segments):
-                if len(segments) > 1 or whole or not self._form.chunked:
+                if len(segments) > 1 or not self._form.chunked:
                     return -1
                 self._outlet.send(self._form.hole(cookie, offset, offset, length, done=True))
                 return 0

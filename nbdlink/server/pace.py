@@ -95,6 +95,10 @@ class Pace:
 
 
 def set_policy(*, batch: bool) -> None:
-    """Set the calling thread's scheduling policy; systems that forbid it keep theirs."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH if batch else os.SCHED_OTHER, os.sched_param(0))
+    """Set the calling thread's scheduling policy, unless an administrator has chosen another."""
+    before, after = os.SCHED_OTHER, os.SCHED_BATCH
+    if not batch:
+        before, after = after, before
+    with contextlib.suppress(OSError):  # some systems forbid it
+        if os.sched_getscheduler(0) == before:
+            os.sched_setscheduler(0, after, os.sched_param(0))

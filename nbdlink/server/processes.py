@@ -76,6 +76,8 @@ class Processes:
         """
         if not any(storage.may_fork for storage in self._catalogue.storages):
             return
+        # Whoever started us may have it ignored, and then no child could be waited for.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # What is there already will not be looked at, and so not be copied, by any collector.
         gc.freeze()
         for _ in range(self._count):
@@ -148,18 +150,19 @@ class Processes:
             socket.send_fds(child.control, [message], [session.sock.fileno()])
         except OSError:
             raise NBDError(f"process {child.pid} has died") from None
-        session.elsewhere = lambda: self._tell(child, ("end", session.number))
+        session.elsewhere = lambda: self._end(child)
         if session.ending:  # it may have come in between
             session.elsewhere()
-        kind, progress, errors, *rest = outcome.get()
+        kind, progress, errors, session.is_deaf, *rest = outcome.get()
         session.progress = progress
         session.count(errors=errors)
         return _unfold(kind, rest)
 
-    def _tell(self, child: _Child, message: tuple[Any, ...]) -> None:
+    def _end(self, child: _Child) -> None:
+        """Tell a process, once, that all its sessions are to end: that is the only reason."""
         # One that does not listen will be cut off when the grace is over.
         with contextlib.suppress(OSError):
-            child.control.send(pickle.dumps(message), socket.MSG_DONTWAIT)
+            child.control.send(pickle.dumps(("end", 0)), socket.MSG_DONTWAIT)
 
     def _listen(self, child: _Child) -> None:
         """Hand outcomes to the threads that wait for them."""
@@ -173,7 +176,7 @@ class Processes:
         with self._lock:
             child.alive = False
             for waiting in child.sessions.values():
-                waiting.put(("died", (0, 0, 0), 0, child.pid))
+                waiting.put(("died", (0, 0, 0), 0, False, child.pid))
 
     def close(self, *, kill: bool) -> None:
         """End the processes, which have no clients any more, or shall not have them."""
@@ -184,13 +187,22 @@ class Processes:
                 os.kill(child.pid, signal.SIGKILL)
         deadline = time.monotonic() + _GOODBYE
         for child in self._children:
-            while os.waitpid(child.pid, os.WNOHANG)[0] == 0:
-                if time.monotonic() > deadline:
-                    os.kill(child.pid, signal.SIGKILL)
-                    deadline += _GOODBYE
-                time.sleep(0.002)
+            if not _has_ended(child.pid, deadline):
+                os.kill(child.pid, signal.SIGKILL)
+                if not _has_ended(child.pid, deadline + _GOODBYE):
+                    _log.error("process %d hangs in the kernel, and is left behind", child.pid)
             child.control.close()
         self._children.clear()
+
+
+def _has_ended(pid: int, deadline: float) -> bool:
+    """Wait for a child until `deadline`; it is reaped then."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+    return True
 
 
 class _Server:
@@ -200,6 +212,7 @@ class _Server:
         self._catalogue = catalogue
         self._control = control
         self._sessions: dict[int, Session] = {}
+        self._lock = threading.Lock()
 
     def run(self, begin: Callable[[], None]) -> NoReturn:
         """Serve what comes until the first process has gone; `begin` is called first."""
@@ -215,16 +228,24 @@ class _Server:
                 if not message:
                     break
                 command, number, *task = pickle.loads(message)
-                if command == "serve":
+                if command == "end":
+                    self._end()
+                elif descriptors:
                     self._begin(number, descriptors[0], *task)
-                elif session := self._sessions.get(number):
-                    session.end()
+                else:  # lost on the way
+                    answer = (number, "bug", (0, 0, 0), 0, False, "out of descriptors")
+                    self._control.send(pickle.dumps(answer))
             status = 0
         except BaseException as error:
             _log.critical("a process for connections failed: %s: %s", type(error).__name__, error)
         finally:
             # At once, whatever the threads do: nobody waits for it any more.
             os._exit(status)
+
+    def _end(self) -> None:
+        with self._lock:
+            for session in self._sessions.values():
+                session.end()
 
     def _begin(
         self, number: int, fd: int, name: str, trailing: bytes, style: int, contexts: dict[int, str]
@@ -235,7 +256,8 @@ class _Server:
         export = self._catalogue.find(name)
         assert export is not None
         negotiated = NegotiatedSession(export, trailing, HeaderStyle(style), contexts)
-        self._sessions[number] = session
+        with self._lock:
+            self._sessions[number] = session
         work = threading.Thread(
             target=self._serve, args=(session, negotiated), name=f"nbd-session-{number}"
         )
@@ -245,14 +267,15 @@ class _Server:
             self._finish(session, ("bug", str(error)))
 
     def _serve(self, session: Session, negotiated: NegotiatedSession) -> None:
-        self._finish(session, _fold(Transmission(session, negotiated).run))
+        self._finish(session, _fold(lambda: Transmission(session, negotiated).run()))
 
     def _finish(self, session: Session, outcome: tuple[Any, ...]) -> None:
-        del self._sessions[session.number]
-        session.sock.close()
+        with self._lock:  # or it might be told to end when its descriptor is somebody else's
+            self._sessions.pop(session.number, None)
+            session.sock.close()
         info = session.info()
         progress = info.requests, info.bytes_read, info.bytes_written
-        message = (session.number, outcome[0], progress, info.errors, *outcome[1:])
+        message = (session.number, outcome[0], progress, info.errors, session.is_deaf, *outcome[1:])
         with contextlib.suppress(OSError):
             self._control.send(pickle.dumps(message))
 

@@ -47,7 +47,6 @@ class ReplyFormat:
     Attributes:
         style: of the headers.
         data: what comes before a read's data.
-        plain: the whole of a reply without data.
     """
 
     def __init__(self, style: HeaderStyle) -> None:
@@ -59,8 +58,6 @@ class ReplyFormat:
             HeaderStyle.STRUCTURED: STRUCTURED_DATA,
             HeaderStyle.EXTENDED: EXTENDED_DATA,
         }[style]
-        extended = style == HeaderStyle.EXTENDED
-        self.plain: struct.Struct = EXTENDED_REPLY if extended else SIMPLE_REPLY
 
     def success(self, cookie: int, offset: int) -> bytes:
         """Give the reply to a request that has no data to tell."""
@@ -69,7 +66,7 @@ class ReplyFormat:
         return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
 
     def nothing_read(self, cookie: int, offset: int) -> bytes:
-        """Give the reply to a read of no bytes, or the end of one whose data has been sent."""
+        """Give the reply to a read of no bytes."""
         if self.chunked:
             return pack_chunk(self.style, _NONE, cookie, offset=offset)
         return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, 0, cookie)
@@ -112,11 +109,9 @@ class ReplyFormat:
             for number, one in enumerate(statuses)
         )
 
-    def failure(
-        self, cookie: int, offset: int, error: int, *, at: int | None = None, words: str = ""
-    ) -> bytes:
+    def failure(self, cookie: int, offset: int, error: int, *, at: int | None = None) -> bytes:
         """Give the reply that says that a request failed; in chunks it says why and where."""
         if not self.chunked:
             return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
-        said = ErrorPayload(error, words or os.strerror(error), at)
+        said = ErrorPayload(error, os.strerror(error), at)
         return pack_chunk(self.style, said.type, cookie, said.pack(), offset=offset)

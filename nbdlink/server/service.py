@@ -416,8 +416,10 @@ class Service:
         deadline = time.monotonic() + _CUT_GRACE
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))
-        self._processes.close(kill=self._aborting or len(self.sessions) > 0)
-        self._close_storages(in_use=len(self.sessions) > 0)
+        try:
+            self._processes.close(kill=self._aborting or len(self.sessions) > 0)
+        finally:
+            self._close_storages(in_use=len(self.sessions) > 0)
 
     def _close_storages(self, *, in_use: bool) -> None:
         for storage in self.catalogue.storages:

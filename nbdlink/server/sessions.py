@@ -68,6 +68,7 @@ class Session:
         phase: how far the client has come.
         idle: whether nothing would be lost if the client were not heard any more.
         ending: whether it shall not be heard any more once it is idle.
+        is_deaf: whether `recv` gives the end of the stream though the client may go on.
         elsewhere: tells another process that the session is to end, if that one serves it.
     """
 
@@ -85,7 +86,7 @@ class Session:
         self.idle = True
         self.ending = False
         self.elsewhere: Callable[[], None] | None = None
-        self._is_deaf = False
+        self.is_deaf = False
         self.thread: threading.Thread | None = None
 
     def count(self, *, errors: int = 0, bytes_read: int = 0, bytes_written: int = 0) -> None:
@@ -116,7 +117,7 @@ class Session:
 
     def hear_no_more(self) -> None:
         """Have `recv` give what has arrived already, and then the end of the stream."""
-        self._is_deaf = True
+        self.is_deaf = True
         self._shutdown(socket.SHUT_RD)
 
     def cut(self) -> None:
@@ -145,7 +146,7 @@ class Session:
                     is_sending = True
                     continue
                 # Once we hear no more, the end of the stream need not be the client's.
-                if heard is not None and not self._is_deaf:
+                if heard is not None and not self.is_deaf:
                     return
                 if not (is_sending and heard is None) and not self._untaken():
                     return

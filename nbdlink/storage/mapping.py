@@ -26,7 +26,7 @@ import time
 from typing import Final, NamedTuple
 
 PAGE: Final = mmap.PAGESIZE
-"""Bytes; `Lent.seen` has one entry for each so many."""
+"""Bytes; `FileMapping.seen` has one entry for each so many."""
 
 _WINDOW: Final = 4 << 30
 """Bytes that are mapped at once."""

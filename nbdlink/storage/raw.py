@@ -205,10 +205,9 @@ class RawStorage(Storage):
                 # Most likely there was no room, and nothing has been lost. A plain write says
                 # the same again; if it does not, it was the write-back that failed.
                 self._write(buffer, position, 0)
-                self._sync()
-                return
             self._note_lost(error)
             raise
+        self._check_lost()
 
     # Zeroes and holes.
 
@@ -335,11 +334,13 @@ class RawStorage(Storage):
         except OSError as error:
             self._note_lost(error)
             raise
+        self._check_lost()
 
     # The kernel tells a failed write-back once for each open file and then counts the pages as
     # clean (Documentation/filesystems/vfs.rst, "Handling errors during writeback"). All
     # connections share the open file, so the one that was told must not be the only one: from
-    # then on every flush fails, until somebody has looked and starts the server again.
+    # then on every flush fails, until somebody has looked and starts the server again. It is
+    # looked at after a flush too, as a neighbour's may have been told what belongs to both.
 
     def _check_lost(self) -> None:
         if lost := self._shared[_LOST_ERRNO]:

@@ -53,6 +53,25 @@ def test_progress_is_shown_on_stderr_if_it_is_asked_for(source, tmp_path):
     assert re.search(r"copied 1M \(512K data, 512K zeroes\) in [\d.]+ s, ", done.stderr)
 
 
+@pytest.mark.parametrize("before", [b"", b"abcd", bytes(9000)])
+def test_a_stream_that_ends_in_zeroes_is_copied_to_its_end(tmp_path, before):
+    new, data = tmp_path / "new", os.urandom(4096) + bytes(8192)
+    new.write_bytes(before)
+    command = [sys.executable, "-m", "nbdlink", "copy", "-", str(new)]
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as cat:
+        with subprocess.Popen(command, stdin=cat.stdout) as copying:
+            cat.stdin.write(data)
+            cat.stdin.close()
+        assert copying.returncode == 0
+    assert new.read_bytes() == data
+
+
+def test_closed_descriptors_are_no_bug_of_ours(tmp_path):
+    command = f"{sys.executable} -m nbdlink copy - {tmp_path}/new <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert "unexpected" not in done.stderr
+
+
 def test_stdout_gets_the_data_and_nothing_else(source):
     command = [sys.executable, "-m", "nbdlink", "copy", str(source), "-"]
     done = subprocess.run(command, capture_output=True, timeout=60)

@@ -255,7 +255,7 @@ def test_impossible_tuning_is_refused(options, says):
         copy(CopySpec("/a", "/b", **options))
 
 
-@pytest.mark.parametrize("destination", ["-", "null:"])
+@pytest.mark.parametrize("destination", ["-", "null:", "/dev/null"])
 def test_what_cannot_be_read_again_is_not_verified(destination, source):
     with pytest.raises(ConfigError, match="read again"):
         copy(CopySpec(str(source), destination, verify=True))

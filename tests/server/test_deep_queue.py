@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from .fakes import READ, WRITE, RawClient, request
+from .fakes import READ, WRITE, HungUpError, RawClient, request
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,20 @@ def test_a_client_that_never_stops_sending_does_not_hold_up_the_stop(
         if not stopped:
             service.abort()
         assert stopped, "the service still hears a client that has been sending since"
+
+
+@pytest.mark.parametrize("length", [200_000, 1 << 20])
+@pytest.mark.parametrize("family", ["tcp", "unix"])
+def test_a_client_with_long_writes_is_let_go_too(serve, tmp_path, family, length):
+    unix = tmp_path / "s" if family == "unix" else None
+    (tmp_path / "image").write_bytes(bytes(2 << 20))
+    service = serve({"": tmp_path / "image"}, unix=unix, grace=1000)
+    with RawClient(service) as client:
+        client.send((request(WRITE, 0, length) + bytes(length)) * 3 + request(WRITE, 0, length))
+        service.stop()
+        with contextlib.suppress(OSError):  # the last one may have come too late
+            client.send(bytes(length))
+        with pytest.raises(HungUpError):
+            for _ in range(5):
+                assert client.reply() == (0, 7, b"")
+    assert service.join(20), "the service waits for a client that owes nothing"

@@ -216,6 +216,35 @@ def test_a_lost_write_back_is_told_to_everybody(storage, monkeypatch, code):
         assert caught.value.errno == code
 
 
+@pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
+def test_a_flush_that_overlaps_a_failing_one_fails_too(storage, monkeypatch, call):
+    # Of two calls in flight the kernel tells one, whose data it was the other is not told.
+    real = getattr(os, call)
+
+    def succeed_while_a_neighbour_fails(*arguments):
+        storage._note_lost(OSError(errno.EIO, "lost"))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, succeed_while_a_neighbour_fails)
+    with pytest.raises(OSError, match="lost"):
+        storage.flush() if call == "fdatasync" else write(storage, b"x", 0, fua=True)
+
+
+def test_no_room_that_was_a_lost_write_back_is_told(storage, monkeypatch):
+    # RWF_DSYNC may fail with ENOSPC for earlier data; then the plain write finds room.
+    real = os.pwritev
+
+    def no_room_once(*arguments):
+        monkeypatch.setattr(os, "pwritev", real)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "pwritev", no_room_once)
+    with pytest.raises(OSError, match="no space left"):
+        write(storage, b"x", 0, fua=True)
+    with pytest.raises(OSError, match="lost"):
+        storage.flush()
+
+
 def test_an_interrupted_sync_is_no_loss(storage, monkeypatch):
     def fail(fd):
         raise OSError(errno.EINVAL, "a moment")
