@@ -18,7 +18,7 @@ The ways of a request, fastest first:
 
 The limits that keep memory bounded, however the client behaves:
 
-  * A write of more than `_WHOLE` bytes is not waited for in the inbox. Its payload is received
+  * A write of more than `WHOLE` bytes is not waited for in the inbox. Its payload is received
     exactly and stored in pieces of `PIECE`.
   * Once `_OUTBOX` bytes of replies wait, they are sent before more requests are served. A
     client that does not take its replies holds up itself only.
@@ -36,13 +36,11 @@ import socket
 import stat
 import struct
 import threading
-from collections.abc import Callable
 from resource import RUSAGE_THREAD, getrusage
 from time import monotonic
-from typing import Any, Final
+from typing import Final
 
 from nbdlink.errors import RemoteProtocolError
-from nbdlink.protocol.chunks import parse_status_filter
 from nbdlink.protocol.constants import (
     EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
@@ -51,14 +49,13 @@ from nbdlink.protocol.constants import (
     STRUCTURED_REPLY_MAGIC,
     Command,
     CommandFlag,
-    Error,
     HeaderStyle,
     ReplyFlag,
     ReplyType,
 )
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
-from nbdlink.server.executor import PIECE, Executor
-from nbdlink.server.intake import INBOX, SPLICE, HungUpError, Intake, StoringFailedError, buffer
+from nbdlink.server.dispatcher import WHOLE, Dispatcher
+from nbdlink.server.intake import INBOX, HungUpError, Intake, buffer
 from nbdlink.server.lending import LONG, Lending, Read
 from nbdlink.server.negotiate import NegotiatedSession
 from nbdlink.server.outlet import Outlet, Part
@@ -72,12 +69,8 @@ from nbdlink.storage.mapping import NO_WINDOW, PAGE
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISCONNECT: Final = int(Command.DISC)
-_FLUSH: Final = int(Command.FLUSH)
-_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
-_FUA: Final = int(CommandFlag.FUA)
 _DF: Final = int(CommandFlag.DF)
 _PAYLOAD: Final = int(CommandFlag.PAYLOAD_LEN)
-_EINVAL: Final = int(Error.EINVAL)
 
 # The loop's view of headers: magic, flags and type are one number, so that a single comparison
 # tells a plain read or write, and replies have half as many numbers to pack. That is worth a
@@ -96,8 +89,6 @@ _STRUCTURED_DATA: Final = (
 _EXTENDED_DATA: Final = EXTENDED_REPLY_MAGIC << 32 | ReplyFlag.DONE << 16 | ReplyType.OFFSET_DATA
 _EXTENDED_OK: Final = EXTENDED_REPLY_MAGIC << 32 | ReplyFlag.DONE << 16 | ReplyType.NONE
 
-_WHOLE: Final = 128 * 1024
-"""Bytes of the longest write that is received together with its neighbours."""
 _OUTBOX: Final = 256 * 1024
 """Bytes of replies that are sent before another request is looked at."""
 _MOST_PARTS: Final = 512
@@ -123,25 +114,22 @@ class Transmission:
         self._export = export
         self._storage = export.storage
         self._rules = negotiated.rules
-        self._contexts = negotiated.contexts
         self._trailing = negotiated.trailing
         self._is_unix = session.sock.family == socket.AF_UNIX
         self._form = form = ReplyFormat(negotiated.style)
         self._request = EXTENDED_REQUEST if form.style == HeaderStyle.EXTENDED else REQUEST
-        self._intake = Intake(session.sock, self._request.size)
+        self._intake = Intake(session, self._request)
         self._workers = workers = Workers(f"{threading.current_thread().name}-worker")
         self._outlet = outlet = Outlet(session.sock, workers)
-        self._executor = Executor(export, negotiated.contexts, form, outlet, session)
+        self._aside = Dispatcher(session, negotiated, form, self._intake, outlet, workers)
         plain = self._storage.plain_file
         self._lending = plain and Lending(
-            self._storage, plain, form, outlet, workers, self._executor
+            self._storage, plain, form, outlet, workers, self._aside.executor
         )
         self._nowait = _nowait_flag(plain.fd) if plain else 0
         # Data is page aligned behind the first header.
         head = form.data.size
         self._outbox_memory, self._outbox = buffer(_OUTBOX + LONG + head, mmap.PAGESIZE - head)
-        self._failure: Exception | None = None
-        self._last: int | None = None  # bytes still to be heard once the session is ending
 
     def run(self) -> str:
         """Serve until the client leaves; give the words for how it left.
@@ -168,7 +156,7 @@ class Transmission:
             # Nothing may reach the storage any more once the session counts as gone.
             workers.join()
             self._intake.close()
-        if failure := self._failure or lost:
+        if failure := self._aside.failure or lost:
             raise failure
         return how
 
@@ -177,6 +165,7 @@ class Transmission:
         # requests a second an attribute that is looked up for each costs 0.3 % of a core, a
         # call 1 %, an enum operation 5 %.
         session, intake, workers = self._session, self._intake, self._workers
+        aside = self._aside
         sock, inbox, outbox = session.sock, intake.inbox, self._outbox
         recv_into, send, sendmsg = sock.recv_into, sock.send, sock.sendmsg
         preadv, pwrite = os.preadv, os.pwrite
@@ -202,7 +191,7 @@ class Transmission:
             assert self._lending
             file, base, in_memory, mapping = plain
             short, long = LONG, self._rules.maximum_payload
-            whole = -1 if self._export.is_read_only else _WHOLE
+            whole = -1 if self._export.is_read_only else WHOLE
             parts, reads = self._lending.parts, self._lending.reads
             seen = None if in_memory else mapping.seen
         quickly = short, long, whole
@@ -285,7 +274,7 @@ class Transmission:
                             else:
                                 start += header
                                 requests += 1
-                                self._dispatch(_READ, 0, cookie, offset, length)
+                                aside.dispatch(_READ, 0, cookie, offset, length)
                                 continue
 
                         body = position + data_header
@@ -298,7 +287,7 @@ class Transmission:
                         requests += 1
                         if count != length:
                             # Not in the page cache; or it fails, and the storage knows why.
-                            self._dispatch(_READ, 0, cookie, offset, length)
+                            aside.dispatch(_READ, 0, cookie, offset, length)
                             continue
                         outbox[position:body] = self._form.data_header(cookie, offset, length)
                         position = after
@@ -329,7 +318,7 @@ class Transmission:
                             # Once more, by the storage, which knows what to say.
                             position = lent = self._send_all(position, lent)
                             data = inbox[payload:after]
-                            self._executor.perform(_WRITE, 0, cookie, offset, length, data)
+                            aside.executor.perform(_WRITE, 0, cookie, offset, length, data)
                             continue
                         if extended:
                             _EXTENDED_WORDS.pack_into(
@@ -352,7 +341,7 @@ class Transmission:
                         assert self._lending
                         queued = self._lending.answer(cookie, offset, length, nowait, tick)
                         if queued < 0:
-                            self._dispatch(_READ, 0, cookie, offset, length)
+                            aside.dispatch(_READ, 0, cookie, offset, length)
                         elif queued:
                             lent += queued
                             bytes_read += length
@@ -370,7 +359,7 @@ class Transmission:
                         command = kind & 0xFFFF
                         if command == _DISCONNECT:
                             return "disconnected"
-                        taken = self._take(start, end, inline=patience == 0)
+                        taken = aside.take(start, end, inline=patience == 0)
                         if taken is None:
                             break  # the rest will come
                         start, end = taken
@@ -423,7 +412,7 @@ class Transmission:
                 session.progress = requests, bytes_read, bytes_written
 
                 limit = INBOX
-                if longest > _WHOLE and whole >= 0:
+                if longest > WHOLE and whole >= 0:
                     if self._is_unix:
                         limit = header  # the next payload shall be spliced, and not come in here
                     else:
@@ -435,7 +424,7 @@ class Transmission:
                     session.idle = True
                     ending = session.ending
                     if ending:
-                        if not (left := self._left_to_hear()):
+                        if not (left := intake.left_to_hear()):
                             return "was let go"
                         limit = min(limit, left)
                     while True:
@@ -464,11 +453,11 @@ class Transmission:
                     ending = session.ending
                     if ending:
                         # What has begun to arrive is taken to its end, and nothing behind it.
-                        most = min(most, end + (self._left_to_hear() or self._missing(end)))
+                        most = min(most, end + (intake.left_to_hear() or intake.missing(end)))
                     got = intake.receive(inbox[end:most])
                     end += got
                 if ending:
-                    self._last = max(0, self._left_to_hear() - got)
+                    intake.note(got)
         finally:
             session.progress = requests, bytes_read, bytes_written
 
@@ -494,7 +483,7 @@ class Transmission:
         """Send what is left of the parts, and give 0; for the arguments see `Lending.send`."""
         assert self._lending
         for cookie, offset, length in self._lending.send(lead, total, sent):
-            self._dispatch(_READ, _DF, cookie, offset, length)
+            self._aside.dispatch(_READ, _DF, cookie, offset, length)
         return 0
 
     def _can_lend(self) -> bool:
@@ -510,200 +499,6 @@ class Transmission:
             # To read a hole there by its page would make it one.
             return not self._storage.is_sparse
         return self._nowait != 0 and plain.mapping.seen is not None
-
-    # Requests that the loop does not do itself.
-
-    def _take(self, start: int, end: int, *, inline: bool) -> tuple[int, int] | None:
-        """Do the request at `inbox[start:end]`, or have it done.
-
-        Args:
-            start: where the request begins.
-            end: where what has been received ends.
-            inline: whether the storage is quick enough for this thread.
-
-        Returns:
-            Where the rest of the inbox begins and ends, or None if some of the request is
-            missing and shall be received first.
-
-        Raises:
-            RemoteProtocolError: far more is announced than may be sent; the error is out.
-        """
-        _, flags, command, cookie, offset, length = self._request.unpack_from(
-            self._intake.inbox, start
-        )
-        flags, announced, error = self._payload(command, flags, length)
-        filtered = announced if command == _BLOCK_STATUS else 0
-        if not error and not filtered:
-            error = self._rules.check(command, flags, offset, length)
-        payload = start + self._request.size
-        after = payload + announced
-        if after > end:
-            if announced <= _WHOLE:
-                return None
-            self._take_long(
-                flags, cookie, offset, announced, error or (filtered and _EINVAL), payload, end,
-                inline=inline,
-            )  # fmt: skip
-            return 0, 0
-        only = None
-        if filtered and not error:
-            try:
-                length, only = parse_status_filter(self._intake.inbox[payload:after])
-                error = self._rules.check(command, flags, offset, length)
-                if len(set(only)) < len(only) or not self._contexts.keys() >= set(only) or not only:
-                    error = _EINVAL
-            except RemoteProtocolError:
-                error = _EINVAL
-        if error:
-            self._executor.refuse(error, cookie, offset)
-        elif command == _READ and not length:
-            self._outlet.send(self._form.nothing_read(cookie, offset))
-        elif command == _WRITE:
-            data = self._intake.inbox[payload:after]
-            if inline and not flags and self._storage.plain_file:
-                self._executor.perform(command, flags, cookie, offset, length, data)
-            else:
-                self._dispatch(command, flags, cookie, offset, length, data)
-        else:
-            self._dispatch(command, flags, cookie, offset, length, only=only)
-        return after, end
-
-    def _payload(self, command: int, flags: int, length: int) -> tuple[int, int, int]:
-        """Tell how long a request's payload is.
-
-        Returns:
-            The flags without the one that says so, the payload's length, and an error.
-        """
-        if self._form.style != HeaderStyle.EXTENDED:
-            return flags, length if command == _WRITE else 0, 0
-        if not flags & _PAYLOAD:
-            return flags, 0, _EINVAL if command == _WRITE else 0
-        allowed = command == _WRITE or (command == _BLOCK_STATUS and self._contexts)
-        return flags ^ _PAYLOAD, length, 0 if allowed else _EINVAL
-
-    def _dispatch(
-        self,
-        command: int,
-        flags: int,
-        cookie: int,
-        offset: int,
-        length: int,
-        data: memoryview | None = None,
-        only: tuple[int, ...] | None = None,
-    ) -> None:
-        """Have a worker do a request, or do it here if there is none to be had."""
-        workers, perform = self._workers, self._executor.perform
-        if self._storage.waits:
-            cost = 0
-            if command == _READ:
-                cost = min(length, PIECE) if self._form.chunked and not flags & _DF else length
-            elif data is not None:
-                cost = length
-            if workers.reserve(cost):
-                # The inbox will be used again before the worker is done.
-                kept = None if data is None else memoryview(bytes(data))
-                request = (command, flags, cookie, offset, length, kept, only)
-                if workers.submit(self._job(*request), cost, reserved=True):
-                    return
-        perform(command, flags, cookie, offset, length, data, only, frugal=True)
-
-    def _job(self, *request: Any) -> Callable[[], None]:
-        def do() -> None:
-            try:
-                self._executor.perform(*request)
-            except OSError:
-                self._session.cut()  # the connection broke; the other thread is to hear of it
-            except Exception as error:
-                self._failure = error
-                self._session.cut()
-
-        return do
-
-    def _take_long(
-        self,
-        flags: int,
-        cookie: int,
-        offset: int,
-        length: int,
-        error: int,
-        payload: int,
-        end: int,
-        *,
-        inline: bool,
-    ) -> None:
-        """Take a payload that is not in the inbox as a whole, and store it unless `error`.
-
-        Args:
-            flags: the request's.
-            cookie: the request's.
-            offset: where to write.
-            length: bytes of payload.
-            error: why the request is refused, or 0. Its payload has to be read nevertheless.
-            payload: where in the inbox it begins.
-            end: where in the inbox the received bytes end; they all belong to the payload.
-            inline: whether the storage is quick enough for this thread.
-
-        Raises:
-            RemoteProtocolError: far more is announced than may be sent; the error is out.
-        """
-        if self._last is not None:
-            self._last = max(0, self._last - (length - (end - payload)))
-        if error:
-            if length > 2 * self._rules.maximum_payload:
-                self._executor.refuse(error, cookie, offset)
-                raise RemoteProtocolError(f"a request announces {length} bytes of payload")
-            self._intake.skip(length - (end - payload))
-            self._executor.refuse(error, cookie, offset)
-            return
-        storage, workers = self._storage, self._workers
-        plain = storage.plain_file if inline else None
-        if not plain and storage.waits and workers.reserve(length):
-            try:
-                data = memoryview(bytearray(length))
-                data[: end - payload] = self._intake.inbox[payload:end]
-                self._intake.fill(data[end - payload :])
-            except BaseException:
-                workers.release(length)
-                raise
-            request = (_WRITE, flags, cookie, offset, length, data)
-            if not workers.submit(self._job(*request), length, reserved=True):
-                self._executor.perform(*request)
-            return
-        fua = flags & _FUA != 0
-        try:
-            if plain and self._is_unix and length - (end - payload) >= SPLICE:
-                self._intake.splice(storage, plain, offset, length, payload, end)
-            else:
-                self._intake.store(storage, offset, length, fua and not plain, payload, end)
-        except StoringFailedError as failed:
-            self._executor.fail(failed.why, _WRITE, cookie, offset, length)
-            return
-        self._session.count(bytes_written=length)
-        if fua and plain:
-            # The worker that flushes tells that it is written.
-            self._dispatch(_FLUSH, 0, cookie, offset, 0)
-        else:
-            self._outlet.send(self._form.success(cookie, offset))
-
-    # The end.
-
-    def _left_to_hear(self) -> int:
-        """Give how many bytes are still to be heard from a client that is to be let go.
-
-        What had arrived when this was first asked is answered. A client that never stops to
-        send would hold up the end otherwise.
-        """
-        if self._last is None:
-            self._last = self._session.arrived()
-        return self._last
-
-    def _missing(self, end: int) -> int:
-        """Give how many bytes the request at the front of the inbox lacks, as far as is known."""
-        header = self._request.size
-        if end < header:
-            return header - end
-        length: int = self._request.unpack_from(self._intake.inbox)[5]
-        return header + length - end
 
 
 def _nowait_flag(file: int) -> int:

@@ -19,6 +19,7 @@ import struct
 from typing import Final
 
 from nbdlink.server.executor import PIECE
+from nbdlink.server.sessions import Session
 from nbdlink.storage.base import PlainFile, Storage
 
 INBOX: Final = 1 << 20
@@ -52,11 +53,14 @@ class Intake:
             a piece of a payload, wherever in the first part it begins.
     """
 
-    def __init__(self, sock: socket.socket, header: int) -> None:
-        """Receive from `sock` requests whose headers have `header` bytes."""
-        self._sock = sock
-        self._memory, self.inbox = buffer(INBOX + PIECE, _ALIGNED - header)
+    def __init__(self, session: Session, request: struct.Struct) -> None:
+        """Receive the requests of `session`, whose headers are `request`."""
+        self._session = session
+        self._sock = session.sock
+        self._request = request
+        self._memory, self.inbox = buffer(INBOX + PIECE, _ALIGNED - request.size)
         self._pipe = (-1, -1)
+        self._last: int | None = None  # bytes still to be heard once the session is ending
 
     def receive(self, target: memoryview, flags: int = 0) -> int:
         """Receive something into `target`; give how many bytes.
@@ -163,6 +167,32 @@ class Intake:
                         raise StoringFailedError(failure) from None
                 position += moved
                 count -= moved
+
+    def left_to_hear(self) -> int:
+        """Give how many bytes are still to be heard from a client that is to be let go.
+
+        What had arrived when this was first asked is answered. A client that never stops to
+        send would hold up the end otherwise.
+        """
+        if self._last is None:
+            self._last = self._session.arrived()
+        return self._last
+
+    def note(self, count: int) -> None:
+        """Take note that so many bytes have been heard."""
+        if self._last is not None:
+            self._last = max(0, self._last - count)
+
+    def missing(self, end: int) -> int:
+        """Give how many bytes the request at the front of the inbox lacks, as far as is known.
+
+        Args:
+            end: where what has been received ends.
+        """
+        if end < self._request.size:
+            return self._request.size - end
+        length: int = self._request.unpack_from(self.inbox)[5]
+        return self._request.size + length - end
 
     def set_timeout(self, seconds: int) -> None:
         """Have receives give up after that time (BlockingIOError); 0 for never.

