@@ -156,9 +156,14 @@ class Transmission:
             # Nothing may reach the storage any more once the session counts as gone.
             workers.join()
             self._intake.close()
-        if failure := self._aside.failure or lost:
-            raise failure
-        return how
+        try:
+            if failure := self._aside.failure or lost:
+                raise failure
+            return how
+        finally:
+            # An exception knows this frame; if the frame kept it, both would stay, and the
+            # mapped file with them, until the collector comes by.
+            failure = lost = self._aside.failure = None
 
     def _serve(self) -> str:
         # All in one function, with local names, and no object made for a request: at 100 000
