@@ -170,9 +170,7 @@ class Negotiation:
                 self._send(OptionRequest(Option.ABORT))
                 self._receive()
             elif self._machine.state is State.TRANSMISSION:
-                goodbye = RequestHeader(Command.DISC, 0)
-                extended = self._machine.style == HeaderStyle.EXTENDED
-                self._write(goodbye.pack_extended() if extended else goodbye.pack())
+                self._write(RequestHeader(Command.DISC, 0).pack(self._machine.style))
         self._machine.close()
         self._socket.close()
 

@@ -116,7 +116,7 @@ class Pipeline:
         self.address = address
         self._socket = sock
         sock.setblocking(False)
-        self._extended = style == HeaderStyle.EXTENDED
+        self._style = style
         self._reader: ReplyReader[Pending] = (
             ReplyReader() if style == HeaderStyle.SIMPLE else ChunkReader(style)
         )
@@ -156,7 +156,7 @@ class Pipeline:
                 self._send_queued()
 
     def _header(self, request: Pending, payload: memoryview | None) -> bytes:
-        if not self._extended:
+        if self._style != HeaderStyle.EXTENDED:
             return REQUEST.pack(
                 REQUEST_MAGIC,
                 request.flags,
@@ -219,9 +219,8 @@ class Pipeline:
                 return
             if self._dead is None and not self._reader.outstanding:
                 # Nothing is queued, so the goodbye fits into the socket's buffer.
-                goodbye = RequestHeader(Command.DISC, 0)
                 with contextlib.suppress(OSError):
-                    self._socket.send(goodbye.pack_extended() if self._extended else goodbye.pack())
+                    self._socket.send(RequestHeader(Command.DISC, 0).pack(self._style))
             self._fail(TransportError(f"{self.address}: the connection was closed"))
             while self._driven:
                 os.eventfd_write(self._wake, 1)

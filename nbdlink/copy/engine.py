@@ -11,6 +11,7 @@ Memory: lanes * requests * request size, which is 4 MiB a lane unless told other
 
 from __future__ import annotations
 
+import abc
 import mmap
 import threading
 from collections import deque
@@ -159,7 +160,7 @@ class _Job:
         self.writing: deque[Pending] = deque()
 
 
-class Lane:
+class Lane(abc.ABC):
     """One thread's part of the work on what a supply hands out.
 
     Attributes:
@@ -179,11 +180,12 @@ class Lane:
         except BaseException as error:
             self._supply.stop(error)
 
+    @abc.abstractmethod
     def _work(self) -> None:
-        raise NotImplementedError
+        """Take segments and deal with them until there are no more."""
 
-    def close(self) -> None:
-        """Make the lane end soon, whatever it waits for."""
+    def close(self) -> None:  # noqa: B027
+        """Make the lane end soon, whatever it waits for. Between files nothing is waited for."""
 
 
 class CopyLane(Lane):

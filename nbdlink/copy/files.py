@@ -69,8 +69,8 @@ class FileSource:
             return min(data, self.bytes), min(os.lseek(self.fd, data, os.SEEK_HOLE), self.bytes)
         except OSError as error:
             if error.errno == errno.ENXIO:  # no data up to the end, or the end came nearer
-                if (end := os.lseek(self.fd, 0, os.SEEK_END)) < self.bytes:
-                    raise self._shrunk(end) from None
+                if os.lseek(self.fd, 0, os.SEEK_END) < self.bytes:
+                    raise self._shrunk() from None
                 return self.bytes, self.bytes
             return at, self.bytes  # the file system cannot tell
 
@@ -83,11 +83,13 @@ class FileSource:
             except OSError as error:
                 raise failed(self.name, "read", offset + done, error) from None
             if not count:
-                raise self._shrunk(offset + done)
+                raise self._shrunk()
             done += count
         return done
 
-    def _shrunk(self, end: int) -> StorageError:
+    def _shrunk(self) -> StorageError:
+        # Asked of the file: of several threads the first to notice may read far behind its end.
+        end = os.lseek(self.fd, 0, os.SEEK_END)
         return StorageError(
             f"{self.name} ends at {end} now; it had {self.bytes} bytes",
             hint="something else changes it; copy it when that has ended",

@@ -21,6 +21,7 @@ from nbdlink.protocol.constants import (
     Command,
     CommandFlag,
     Error,
+    HeaderStyle,
     TransmissionFlag,
     command_name,
 )
@@ -90,35 +91,21 @@ class RequestHeader:
         """Bytes that follow the header in the simple style."""
         return self.length if self.command == Command.WRITE else 0
 
-    def pack(self) -> bytes:
-        """Give the 28 bytes of the header.
+    def pack(self, style: HeaderStyle = HeaderStyle.SIMPLE) -> bytes:
+        """Give the 28 bytes of the header, or the 32 of the extended style.
+
+        There a write says that it has a payload (PAYLOAD_LEN).
 
         Raises:
             LocalProtocolError: a number does not fit into its field.
         """
+        magic, form, flags = REQUEST_MAGIC, REQUEST, self.flags
+        if style == HeaderStyle.EXTENDED:
+            magic, form = EXTENDED_REQUEST_MAGIC, EXTENDED_REQUEST
+            if self.command == Command.WRITE:
+                flags |= CommandFlag.PAYLOAD_LEN
         try:
-            return REQUEST.pack(
-                REQUEST_MAGIC, self.flags, self.command, self.cookie, self.offset, self.length
-            )
-        except struct.error:
-            raise LocalProtocolError(
-                f"{command_name(self.command)} at {self.offset} for {self.length} bytes "
-                "does not fit into a request"
-            ) from None
-
-    def pack_extended(self) -> bytes:
-        """Give the 32 bytes of the header in the extended style; a write says its payload.
-
-        Raises:
-            LocalProtocolError: a number does not fit into its field.
-        """
-        flags = self.flags
-        if self.command == Command.WRITE:
-            flags |= CommandFlag.PAYLOAD_LEN
-        try:
-            return EXTENDED_REQUEST.pack(
-                EXTENDED_REQUEST_MAGIC, flags, self.command, self.cookie, self.offset, self.length
-            )
+            return form.pack(magic, flags, self.command, self.cookie, self.offset, self.length)
         except struct.error:
             raise LocalProtocolError(
                 f"{command_name(self.command)} at {self.offset} for {self.length} bytes "
@@ -126,26 +113,19 @@ class RequestHeader:
             ) from None
 
     @classmethod
-    def parse_extended(cls, data: bytes | bytearray | memoryview) -> RequestHeader:
-        """Read the first 32 bytes of `data` as a header in the extended style.
+    def parse(
+        cls, data: bytes | bytearray | memoryview, style: HeaderStyle = HeaderStyle.SIMPLE
+    ) -> RequestHeader:
+        """Read the header at the beginning of `data`.
 
         Raises:
             RemoteProtocolError: the magic is wrong; nothing that follows can be trusted.
         """
-        magic, flags, command, cookie, offset, length = EXTENDED_REQUEST.unpack_from(data)
-        if magic != EXTENDED_REQUEST_MAGIC:
-            raise RemoteProtocolError(f"a request begins with the wrong magic {magic:#010x}")
-        return cls(command, cookie, offset, length, flags)
-
-    @classmethod
-    def parse(cls, data: bytes | bytearray | memoryview) -> RequestHeader:
-        """Read the first 28 bytes of `data`.
-
-        Raises:
-            RemoteProtocolError: the magic is wrong; nothing that follows can be trusted.
-        """
-        magic, flags, command, cookie, offset, length = REQUEST.unpack_from(data)
-        if magic != REQUEST_MAGIC:
+        wanted, form = REQUEST_MAGIC, REQUEST
+        if style == HeaderStyle.EXTENDED:
+            wanted, form = EXTENDED_REQUEST_MAGIC, EXTENDED_REQUEST
+        magic, flags, command, cookie, offset, length = form.unpack_from(data)
+        if magic != wanted:
             raise RemoteProtocolError(f"a request begins with the wrong magic {magic:#010x}")
         return cls(command, cookie, offset, length, flags)
 

@@ -7,14 +7,12 @@ worker.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any, Final
 
 from nbdlink.errors import RemoteProtocolError
 from nbdlink.protocol.chunks import parse_status_filter
 from nbdlink.protocol.constants import Command, CommandFlag, Error, HeaderStyle
-from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
 from nbdlink.server.executor import PIECE, Executor
 from nbdlink.server.intake import SPLICE, Intake, StoringFailedError
 from nbdlink.server.negotiate import NegotiatedSession
@@ -68,9 +66,7 @@ class Dispatcher:
         self._storage = negotiated.export.storage
         self._rules = negotiated.rules
         self._contexts = negotiated.contexts
-        self._is_unix = session.sock.family == socket.AF_UNIX
         self._form = form
-        self._request = EXTENDED_REQUEST if form.style == HeaderStyle.EXTENDED else REQUEST
         self._intake = intake
         self._outlet = outlet
         self._workers = workers
@@ -90,14 +86,14 @@ class Dispatcher:
         Raises:
             RemoteProtocolError: far more is announced than may be sent; the error is out.
         """
-        _, flags, command, cookie, offset, length = self._request.unpack_from(
+        _, flags, command, cookie, offset, length = self._intake.request.unpack_from(
             self._intake.inbox, start
         )
         flags, announced, error = self._payload(command, flags, length)
         filtered = announced if command == _BLOCK_STATUS else 0
         if not error and not filtered:
             error = self._rules.check(command, flags, offset, length)
-        payload = start + self._request.size
+        payload = start + self._intake.request.size
         after = payload + announced
         if after > end:
             if announced <= WHOLE:
@@ -165,7 +161,7 @@ class Dispatcher:
                 # The inbox will be used again before the worker is done.
                 kept = None if data is None else memoryview(bytes(data))
                 request = (command, flags, cookie, offset, length, kept, only)
-                if workers.submit(self._job(*request), cost, reserved=True):
+                if workers.submit(self._job(*request), cost):
                     return
         perform(command, flags, cookie, offset, length, data, only, frugal=True)
 
@@ -227,12 +223,12 @@ class Dispatcher:
                 workers.release(length)
                 raise
             request = (_WRITE, flags, cookie, offset, length, data)
-            if not workers.submit(self._job(*request), length, reserved=True):
+            if not workers.submit(self._job(*request), length):
                 self.executor.perform(*request)
             return
         fua = flags & _FUA != 0
         try:
-            if plain and self._is_unix and length - (end - payload) >= SPLICE:
+            if plain and self._intake.is_unix and length - (end - payload) >= SPLICE:
                 self._intake.splice(storage, plain, offset, length, payload, end)
             else:
                 self._intake.store(storage, offset, length, fua and not plain, payload, end)

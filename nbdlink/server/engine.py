@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import socket
 import stat
 import struct
 import threading
@@ -115,10 +114,9 @@ class Transmission:
         self._storage = export.storage
         self._rules = negotiated.rules
         self._trailing = negotiated.trailing
-        self._is_unix = session.sock.family == socket.AF_UNIX
         self._form = form = ReplyFormat(negotiated.style)
-        self._request = EXTENDED_REQUEST if form.style == HeaderStyle.EXTENDED else REQUEST
-        self._intake = Intake(session, self._request)
+        request = EXTENDED_REQUEST if form.style == HeaderStyle.EXTENDED else REQUEST
+        self._intake = Intake(session, request)
         self._workers = workers = Workers(f"{threading.current_thread().name}-worker")
         self._outlet = outlet = Outlet(session.sock, workers)
         self._aside = Dispatcher(session, negotiated, form, self._intake, outlet, workers)
@@ -126,7 +124,6 @@ class Transmission:
         self._lending = plain and Lending(
             self._storage, plain, form, outlet, workers, self._aside.executor
         )
-        self._nowait = _nowait_flag(plain.fd) if plain else 0
         # Data is page aligned behind the first header.
         head = form.data.size
         self._outbox_memory, self._outbox = buffer(_OUTBOX + LONG + head, mmap.PAGESIZE - head)
@@ -176,7 +173,7 @@ class Transmission:
         preadv, pwrite = os.preadv, os.pwrite
         pack_simple, pack_simple_into = _SIMPLE_WORDS.pack, _SIMPLE_WORDS.pack_into
         pack_data = _STRUCTURED_DATA_WORDS.pack
-        header, data_header = self._request.size, self._form.data.size
+        header, data_header = intake.request.size, self._form.data.size
         simple = self._form.style == HeaderStyle.SIMPLE
         extended = self._form.style == HeaderStyle.EXTENDED
         unpack = _EXTENDED_REQUEST_WORDS if extended else _REQUEST_WORDS
@@ -185,7 +182,7 @@ class Transmission:
         a_write = magic << 32 | (_PAYLOAD << 16 if extended else 0) | _WRITE
         size, misaligned = self._rules.size, self._rules.minimum_block - 1
         # Only a plain file has the fast ways: up to how many bytes.
-        file, base, in_memory, nowait = -1, 0, True, self._nowait
+        file, base, in_memory, nowait = -1, 0, True, 0
         short = long = 0
         whole = -1
         parts: list[Part] = []
@@ -198,7 +195,7 @@ class Transmission:
             short, long = LONG, self._rules.maximum_payload
             whole = -1 if self._export.is_read_only else WHOLE
             parts, reads = self._lending.parts, self._lending.reads
-            seen = None if in_memory else mapping.seen
+            seen, nowait = None if in_memory else mapping.seen, mapping.nowait
         quickly = short, long, whole
         lends = False  # whether short reads are sent from the file's pages
         inboxes = 0
@@ -274,7 +271,7 @@ class Transmission:
                                 pages, first, last = mapping.window(offset)
                             if offset < first or offset + length > last:
                                 pass  # not mapped: copied
-                            elif seen is None or mapping.is_cached(offset, length, nowait, tick):
+                            elif seen is None or mapping.is_cached(offset, length, tick):
                                 continue  # once more
                             else:
                                 start += header
@@ -344,7 +341,7 @@ class Transmission:
                         start += header
                         requests += 1
                         assert self._lending
-                        queued = self._lending.answer(cookie, offset, length, nowait, tick)
+                        queued = self._lending.answer(cookie, offset, length, tick)
                         if queued < 0:
                             aside.dispatch(_READ, 0, cookie, offset, length)
                         elif queued:
@@ -418,7 +415,7 @@ class Transmission:
 
                 limit = INBOX
                 if longest > WHOLE and whole >= 0:
-                    if self._is_unix:
+                    if intake.is_unix:
                         limit = header  # the next payload shall be spliced, and not come in here
                     else:
                         # Whole requests only, so that nothing has to be moved to the front.
@@ -503,15 +500,4 @@ class Transmission:
         if plain.in_memory:
             # To read a hole there by its page would make it one.
             return not self._storage.is_sparse
-        return self._nowait != 0 and plain.mapping.seen is not None
-
-
-def _nowait_flag(file: int) -> int:
-    """Give the flag of reads that do not wait, or 0 if the file system does not know it."""
-    try:
-        os.preadv(file, (bytearray(1),), 0, os.RWF_NOWAIT)
-    except BlockingIOError:
-        pass
-    except OSError:
-        return 0
-    return os.RWF_NOWAIT
+        return plain.mapping.nowait != 0 and plain.mapping.seen is not None

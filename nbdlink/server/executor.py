@@ -174,19 +174,8 @@ class Executor:
     ) -> None:
         if self._form.chunked and not dont_fragment:
             self._read_in_chunks(cookie, offset, length)
-        elif frugal and length > PIECE:
-            self._read_frugally(cookie, offset, length)
         else:
-            head = self._form.data.size
-            reply = memoryview(bytearray(head + length))
-            try:
-                self._storage.read_into(reply[head:], offset)
-            except OSError as failure:
-                self.fail(failure, Command.READ, cookie, offset, length)
-                return
-            reply[:head] = self._form.data_header(cookie, offset, length)
-            self._session.count(bytes_read=length)
-            self._outlet.send_shared(reply)
+            self._read_whole(cookie, offset, length, min(length, PIECE) if frugal else length)
 
     def _read_in_chunks(self, cookie: int, offset: int, length: int) -> None:
         """Send a reply of several chunks, so that a failure can be told wherever it happens."""
@@ -213,14 +202,14 @@ class Executor:
             self._session.count(bytes_read=count)
             outlet.send_shared(reply)
 
-    def _read_frugally(self, cookie: int, offset: int, length: int) -> None:
-        """Send a long reply with one header, in pieces, where there is no memory for all of it.
+    def _read_whole(self, cookie: int, offset: int, length: int, first: int) -> None:
+        """Send a reply with one header, of which only `first` bytes are held in memory.
 
-        The first piece is read before the header goes out, so that most failures can still be
-        told; a later one ends the connection, as nothing can say it any more.
+        They are read before the header goes out, so that most failures can still be told; a
+        later one ends the connection, as nothing can say it any more.
         """
         head = self._form.data.size
-        buffer = memoryview(bytearray(head + PIECE))
+        buffer = memoryview(bytearray(head + first))
         try:
             self._storage.read_into(buffer[head:], offset)
         except OSError as failure:
@@ -230,7 +219,8 @@ class Executor:
         self._session.count(bytes_read=length)
         with self._outlet.lock:
             self._outlet.send_locked(buffer)
-            self.finish_read(offset + PIECE, length - PIECE)
+            if first < length:
+                self.finish_read(offset + first, length - first)
 
     def finish_read(self, offset: int, length: int) -> None:
         """Send the rest of a read's data, behind a header that is out; the lock is held.

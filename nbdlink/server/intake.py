@@ -51,13 +51,16 @@ class Intake:
     Attributes:
         inbox: where requests are received, up to `INBOX` bytes; behind that there is room for
             a piece of a payload, wherever in the first part it begins.
+        request: the layout of a request's header.
+        is_unix: whether the socket is a Unix socket.
     """
 
     def __init__(self, session: Session, request: struct.Struct) -> None:
         """Receive the requests of `session`, whose headers are `request`."""
         self._session = session
         self._sock = session.sock
-        self._request = request
+        self.is_unix = session.sock.family == socket.AF_UNIX
+        self.request = request
         self._memory, self.inbox = buffer(INBOX + PIECE, _ALIGNED - request.size)
         self._pipe = (-1, -1)
         self._last: int | None = None  # bytes still to be heard once the session is ending
@@ -189,10 +192,10 @@ class Intake:
         Args:
             end: where what has been received ends.
         """
-        if end < self._request.size:
-            return self._request.size - end
-        length: int = self._request.unpack_from(self.inbox)[5]
-        return self._request.size + length - end
+        if end < self.request.size:
+            return self.request.size - end
+        length: int = self.request.unpack_from(self.inbox)[5]
+        return self.request.size + length - end
 
     def set_timeout(self, seconds: int) -> None:
         """Have receives give up after that time (BlockingIOError); 0 for never.

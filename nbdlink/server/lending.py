@@ -59,14 +59,13 @@ class Lending:
         self._workers = workers
         self._executor = executor
 
-    def answer(self, cookie: int, offset: int, length: int, nowait: int, tick: int) -> int:
+    def answer(self, cookie: int, offset: int, length: int, tick: int) -> int:
         """Answer a long read, now or with the next `send`.
 
         Args:
             cookie: the request's.
             offset: the request's.
             length: the request's.
-            nowait: RWF_NOWAIT, or 0 if the file system does not know it.
             tick: the present time for `FileMapping.seen`.
 
         Returns:
@@ -77,7 +76,7 @@ class Lending:
             OSError: the connection broke.
         """
         _, _, in_memory, mapping = self._plain
-        if not in_memory and not (nowait and mapping.is_cached(offset, length, nowait, tick)):
+        if not in_memory and not (mapping.nowait and mapping.is_cached(offset, length, tick)):
             return -1
         if self._storage.is_sparse:
             try:

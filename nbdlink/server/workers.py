@@ -85,17 +85,14 @@ class Workers:
         """Give back memory that was reserved for a job that was not submitted."""
         self._budget.give(bytes=size)
 
-    def submit(self, job: Callable[[], None], size: int, *, reserved: bool = False) -> bool:
-        """Have a thread do a job; False if there is no thread, memory or place to be had for it.
+    def submit(self, job: Callable[[], None], size: int) -> bool:
+        """Have a thread do a job; False if there is no thread or no place to be had for it.
 
         Args:
             job: must not raise.
-            size: bytes of memory that it holds on to.
-            reserved: whether the memory has been reserved. It is released with the job's end,
-                or here if the job is not taken.
+            size: bytes of memory that it holds on to, which `reserve` has given. They are
+                released with the job's end, or here if the job is not taken.
         """
-        if not reserved and not self.reserve(size):
-            return False
         with self._changed:
             if self.pending >= self._threads < THREADS:
                 self._start()

@@ -63,6 +63,8 @@ class FileMapping:
     """A range of an open file as memory. Safe to use from every thread.
 
     Attributes:
+        nowait: the flag of reads that do not wait (RWF_NOWAIT), or 0 if the file system does
+            not know it.
         seen: when a page of the file was last found in the page cache, as a `tick`; or None.
             It is indexed by the page's number in the file, not in the range.
     """
@@ -72,6 +74,7 @@ class FileMapping:
         self._fd = fd
         self._start = start
         self._end = start + size
+        self.nowait = _nowait_flag(fd)
         self._windows: dict[int, Window] = {}
         self._lock = threading.Lock()
         self._next_turn = 0.0
@@ -116,15 +119,15 @@ class FileMapping:
         pages = memoryview(mapped)[before:]
         return Window(pages, begin + before - self._start, end - self._start)
 
-    def is_cached(self, offset: int, length: int, nowait: int, tick: int) -> bool:
+    def is_cached(self, offset: int, length: int, tick: int) -> bool:
         """Tell whether a range is in the page cache, as far as its ends tell.
 
-        As the kernel reads ahead, what lies between is there as a rule.
+        As the kernel reads ahead, what lies between is there as a rule. Without `nowait` this
+        waits for the disk, and is true then.
 
         Args:
             offset: bytes from the start of the range.
             length: bytes, more than 0.
-            nowait: RWF_NOWAIT.
             tick: the present time for `seen`.
         """
         position = self._start + offset
@@ -134,7 +137,7 @@ class FileMapping:
             return True
         try:
             for page in (front, back) if front != back else (front,):
-                if not os.preadv(self._fd, self._probe, page * PAGE, nowait):
+                if not os.preadv(self._fd, self._probe, page * PAGE, self.nowait):
                     return False
         except OSError:
             return False
@@ -145,6 +148,16 @@ class FileMapping:
     def close(self) -> None:
         """Give the windows back; views that are still lent out keep theirs."""
         self._windows.clear()
+
+
+def _nowait_flag(fd: int) -> int:
+    try:
+        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return 0
+    return os.RWF_NOWAIT
 
 
 def is_in_memory(fd: int) -> bool:

@@ -74,8 +74,6 @@ class RawStorage(Storage):
         self._mapping = FileMapping(fd, start, size)
         self._in_memory = not device and is_in_memory(fd)
         status = os.fstat(fd)
-        # Block devices cannot tell where they have holes.
-        self.is_sparse = not device and status.st_blocks * 512 < status.st_size
         disk = status.st_rdev if device else status.st_dev
         self.is_rotational = blockdev.queue_setting(disk, "rotational") != 0
         if device:
@@ -83,12 +81,12 @@ class RawStorage(Storage):
             self.preferred_block = max(self.preferred_block, physical)
             self.can_trim = blockdev.queue_setting(disk, "discard_max_bytes") != 0
         elif not read_only:
-            sparse = self.is_sparse
             # A hole behind the end changes nothing, and tells whether holes can be made.
             # Behind the end of the largest possible file there is nothing to try it on (EFBIG).
             with contextlib.suppress(OSError):
                 self.can_trim = self._try(PUNCH_HOLE, status.st_size, 1)
-            self.is_sparse = sparse  # it is as it was
+        # Block devices cannot tell where they have holes. The trial above made none.
+        self.is_sparse = not device and status.st_blocks * 512 < status.st_size
 
     @classmethod
     def open(

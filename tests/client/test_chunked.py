@@ -67,8 +67,8 @@ def serving(handle, *, style=S, flags=EVERYTHING | F.SEND_DF, minimum=1, size=SI
         with contextlib.suppress(EOFError):
             while True:
                 if style == E:
-                    header = RequestHeader.parse_extended(
-                        read_exactly(connection, EXTENDED_REQUEST.size)
+                    header = RequestHeader.parse(
+                        read_exactly(connection, EXTENDED_REQUEST.size), style
                     )
                     has_payload = header.flags & CommandFlag.PAYLOAD_LEN
                 else:

@@ -11,6 +11,7 @@ from nbdlink.protocol.constants import (
     Command,
     CommandFlag,
     Error,
+    HeaderStyle,
     TransmissionFlag,
     command_name,
     option_name,
@@ -58,19 +59,19 @@ def test_a_request_with_another_magic_is_refused():
 @example(command=Command.WRITE, cookie=1, offset=2, length=3, flags=0)
 def test_an_extended_request_comes_back(command, cookie, offset, length, flags):
     header = RequestHeader(command, cookie, offset, length, flags)
-    back = RequestHeader.parse_extended(header.pack_extended())
+    back = RequestHeader.parse(header.pack(HeaderStyle.EXTENDED), HeaderStyle.EXTENDED)
     payload = CommandFlag.PAYLOAD_LEN if command == Command.WRITE else 0
     assert back == RequestHeader(command, cookie, offset, length, flags | payload)
 
 
 def test_an_extended_request_that_does_not_fit_is_not_packed():
     with pytest.raises(LocalProtocolError, match="NBD_CMD_TRIM"):
-        RequestHeader(Command.TRIM, 0, 0, 1 << 64).pack_extended()
+        RequestHeader(Command.TRIM, 0, 0, 1 << 64).pack(HeaderStyle.EXTENDED)
 
 
 def test_an_extended_request_with_another_magic_is_refused():
     with pytest.raises(RemoteProtocolError, match="0x00000000"):
-        RequestHeader.parse_extended(bytes(32))
+        RequestHeader.parse(bytes(32), HeaderStyle.EXTENDED)
 
 
 def test_block_status_takes_selected_contexts():

@@ -255,8 +255,9 @@ def test_a_budget_gives_all_or_nothing():
 def test_a_job_that_is_not_taken_costs_nothing():
     budget = Budget(threads=0, bytes=100)
     team = Workers("nobody", budget)
+    assert team.reserve(50)
     assert not team.submit(lambda: None, 50)
-    assert not team.submit(lambda: None, 101)
+    assert not team.reserve(101)
     assert budget.bytes == 100
     team.join()
 
@@ -266,6 +267,7 @@ def test_who_joins_waits_for_every_job(eventually):
     done = []
     team = Workers("test", Budget())
     for number in range(100):
+        assert team.reserve(1)
         assert team.submit(lambda number=number: done.append(number), 1)
     team.join()
     assert sorted(done) == list(range(100))
