@@ -14,6 +14,8 @@ set -eu
 
 demo="python3-venv qemu-system-x86 seabios busybox-static kmod udev e2fsprogs fdisk mount"
 test="qemu-utils nbdkit nbd-server nbd-client libnbd-bin python3-libnbd fio iproute2 procps strace"
+# For systemd-socket-activate, with which a server is started by its first client.
+test="$test systemd"
 # Without this nbdinfo (1.14) prints random bytes where it tells the content.
 test="$test file"
 bench="gcc libc6-dev nbdkit-plugin-dev"
