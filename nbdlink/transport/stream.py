@@ -12,10 +12,16 @@ import socket
 import stat
 import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final, Union
 
 from nbdlink.errors import ConfigError, TransportError
 from nbdlink.uri import Target
+
+if TYPE_CHECKING:
+    from nbdlink.transport.tls import TLSStream
+
+Wire = Union[socket.socket, "TLSStream"]
+"""What a connection runs over: a bare socket, or one with TLS on it. They are used alike."""
 
 BACKLOG = 1024
 """Clients that may wait to be accepted; the kernel's net.core.somaxconn may allow fewer."""
@@ -251,7 +257,7 @@ def _remove_stale(path: Path) -> None:
     )
 
 
-def receive(sock: socket.socket, deadline: Deadline, limit: int = 65536) -> bytes:
+def receive(sock: Wire, deadline: Deadline, limit: int = 65536) -> bytes:
     """Receive up to `limit` bytes; empty once the peer has hung up.
 
     Raises:
@@ -266,7 +272,7 @@ def receive(sock: socket.socket, deadline: Deadline, limit: int = 65536) -> byte
         raise TransportError(reason(error)) from None
 
 
-def send(sock: socket.socket, data: bytes, deadline: Deadline) -> None:
+def send(sock: Wire, data: bytes, deadline: Deadline) -> None:
     """Send all of `data`.
 
     Raises:

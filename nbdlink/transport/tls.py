@@ -1,0 +1,626 @@
+"""A socket with TLS on it.
+
+Theory of operation. OpenSSL works in memory (BIOs); the socket is ours. So OpenSSL never waits,
+one lock that is held for microseconds lets a thread receive while others send, and one system
+call moves many records. A stream has two ways of receiving:
+
+  * Until the end of the NBD negotiation it takes one record at a time off the socket, exactly,
+    and counts those that are protected by the session's final keys, in both directions. So
+    between two messages nothing that was received is left undecrypted, and the connection can
+    be handed to the kernel with its keys (`ktls`).
+  * After `release` it takes whatever has arrived.
+
+Records: RFC 8446, section 5. The final keys of a direction protect everything behind its
+Finished message; for both sides these are the application-data records that come or go once
+OpenSSL says that the handshake is complete, a server's session tickets among them.
+
+A connection that ends without close_notify was cut off, by accident or by somebody, and that is
+an error, not the end of a file (RFC 8446, section 6.1).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import socket
+import struct
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography import x509
+from OpenSSL import SSL
+
+from nbdlink.errors import TLSError, TransportError
+from nbdlink.transport.credentials import describe
+from nbdlink.transport.stream import Deadline, reason
+from nbdlink.transport.tlscontext import Judgement, reasons
+
+_lib: Any = SSL._lib  # type: ignore[attr-defined]
+_ffi: Any = SSL._ffi  # type: ignore[attr-defined]
+
+Data = bytes | bytearray | memoryview
+
+_HEADER: Final = struct.Struct(">BBBH")
+_ALERT, _APPLICATION_DATA = 21, 23
+_RECORD_TYPES: Final = frozenset({20, _ALERT, 22, _APPLICATION_DATA})
+_LONGEST_RECORD: Final = (1 << 14) + 2048
+"""Bytes of a protected record in TLS 1.2; in 1.3 they are fewer."""
+_CHUNK: Final = 128 * 1024
+"""Bytes that are encrypted or received in one go: small enough for the processor's cache."""
+_OVERHEAD: Final = _CHUNK // 256
+"""Bytes that records add to a chunk, at most: 22 for each 16 KiB, and alerts."""
+
+
+@dataclass(frozen=True, slots=True)
+class TLSSession:
+    """What a handshake came to.
+
+    Attributes:
+        version: "TLSv1.3" or "TLSv1.2".
+        cipher: the suite's name, as OpenSSL spells it.
+        peer: the subject of the peer's certificate, or the user of a pre-shared key; None if
+            the peer did not say.
+        certificate: the peer's certificate, or None.
+    """
+
+    version: str
+    cipher: str
+    peer: str | None
+    certificate: x509.Certificate | None
+
+
+class TLSStream:
+    """A socket with TLS on it, to be used like a socket; made by `TLSContext.stream`.
+
+    One thread may receive while others send. What a socket would raise, this raises as well;
+    `TLSError` if something is wrong with TLS, `TransportError` if the connection was cut off.
+
+    Attributes:
+        session: what the handshake came to, once it is done.
+    """
+
+    def __init__(
+        self, sock: socket.socket, connection: SSL.Connection, judgement: Judgement
+    ) -> None:
+        """Take over a socket and an OpenSSL connection that has none."""
+        self.session: TLSSession | None = None
+        self._sock = sock
+        self._connection = connection
+        self._judgement = judgement
+        self._ssl = connection._ssl
+        self._in, self._out = connection._into_ssl, connection._from_ssl
+        # What is written is taken as a whole: there is no socket to wait for.
+        _lib.SSL_clear_mode(self._ssl, _lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
+        self._lock = threading.Lock()  # held for every call of OpenSSL
+        self._sending = threading.Lock()  # held from encrypting to sending: records are in order
+        self._timeout = sock.gettimeout()
+        self._exact = True
+        self._counts = False
+        self.records_received = self.records_sent = 0
+        self._dry = True  # whether OpenSSL has nothing to give before it gets more
+        self._deaf = False
+        self._closing = False
+        # Mapped memory costs nothing before it is touched, and can be given back.
+        self._received_memory = mmap.mmap(-1, _CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._received = memoryview(self._received_memory)
+        self._received_at = _ffi.from_buffer(self._received)
+        self._encrypted_memory = mmap.mmap(
+            -1, _CHUNK + _OVERHEAD, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+        self._encrypted = memoryview(self._encrypted_memory)
+        self._encrypted_at = _ffi.from_buffer(self._encrypted)
+        self._backlog = self._encrypted[:0]  # encrypted, and not yet taken by the socket
+
+    # The handshake.
+
+    def handshake(self, deadline: Deadline) -> TLSSession:
+        """Agree on keys, and on who is who.
+
+        Raises:
+            TLSError: the peer is not believed, does not believe us, or speaks no TLS.
+            TransportError: the deadline passed, or the connection broke.
+        """
+        try:
+            while True:
+                try:
+                    self._connection.do_handshake()
+                except SSL.WantReadError:
+                    self._flush_within(deadline)
+                    self._receive_record(deadline)
+                else:
+                    break
+            self._counts = self._connection.get_protocol_version_name() == "TLSv1.3"
+            is_server = self._judgement.role == "client"
+            if not is_server:
+                self._counts, counts = False, self._counts
+                self._flush_within(deadline)  # our Finished has still the handshake's keys
+                self._counts = counts
+            else:
+                self._flush_within(deadline)  # session tickets
+        except SSL.Error as error:
+            self._say_why(deadline)
+            raise self._handshake_error(error) from None
+        except TLSError:
+            self._say_why(deadline)
+            raise
+        judgement = self._judgement
+        if judgement.host is not None and not judgement.host_matches:
+            # Cannot be, as OpenSSL asks us about every certificate; and if, then not in silence.
+            raise TLSError(f"the server's certificate was not compared with {judgement.host}")
+        self.session = self._describe()
+        return self.session
+
+    def _say_why(self, deadline: Deadline) -> None:
+        """Send the alert that OpenSSL has made."""
+        with contextlib.suppress(TransportError, OSError):
+            self._flush_within(deadline)
+
+    def _handshake_error(self, error: SSL.Error) -> TLSError:
+        if self._judgement.failure:
+            message, hint = self._judgement.failure
+            return TLSError(message, hint=hint)
+        return explain_handshake(reasons(error), self._judgement.role)
+
+    def _describe(self) -> TLSSession:
+        connection = self._connection
+        shown = connection.get_peer_certificate()
+        certificate = None
+        peer = self._judgement.user
+        if shown is not None:
+            certificate = shown.to_cryptography()
+            peer = describe(certificate)
+        return TLSSession(
+            connection.get_protocol_version_name(),
+            connection.get_cipher_name() or "?",
+            peer,
+            certificate,
+        )
+
+    def _receive_record(self, deadline: Deadline) -> None:
+        """Give OpenSSL one record.
+
+        Raises:
+            TLSError: what comes is no TLS record.
+            TransportError: the deadline passed, or the connection broke.
+        """
+        header = self._receive_exactly(_HEADER.size, deadline)
+        kind, major, _, length = _HEADER.unpack(header)
+        if kind not in _RECORD_TYPES or major != 3:
+            raise TLSError(
+                f"the {self._judgement.role} does not speak TLS: it sent {bytes(header)!r}"
+            )
+        if length > _LONGEST_RECORD:
+            raise TLSError(f"the {self._judgement.role} sent a TLS record of {length} bytes")
+        self._feed(header + self._receive_exactly(length, deadline))
+        if self._counts and kind == _APPLICATION_DATA:
+            self.records_received += 1
+
+    def _receive_exactly(self, length: int, deadline: Deadline) -> bytes:
+        data = b""
+        while len(data) < length:
+            try:
+                self._sock.settimeout(deadline.left())
+                piece = self._sock.recv(length - len(data))
+            except TimeoutError:
+                raise TransportError(f"no answer within {deadline.seconds:g} seconds") from None
+            except OSError as error:
+                raise TransportError(reason(error)) from None
+            if not piece:
+                raise self._cut_off()
+            data += piece
+        return data
+
+    def _feed(self, data: Data) -> None:
+        with self._lock:
+            taken = _lib.BIO_write(self._in, _ffi.from_buffer(data), len(data))
+        if taken != len(data):
+            raise MemoryError
+        self._dry = False
+
+    def _flush_within(self, deadline: Deadline) -> None:
+        with self._sending:
+            try:
+                self._sock.settimeout(deadline.left())
+                self._flush()
+            except TimeoutError:
+                raise TransportError(
+                    f"the peer took nothing for {deadline.seconds:g} seconds"
+                ) from None
+            except OSError as error:
+                raise TransportError(reason(error)) from None
+
+    # Receiving.
+
+    def recv(self, limit: int, flags: int = 0) -> bytes:
+        """Receive up to `limit` bytes; none at all is the end of the stream."""
+        place = bytearray(limit)
+        return bytes(place[: self.recv_into(place, limit, flags)])
+
+    def recv_into(self, place: bytearray | memoryview, count: int = 0, flags: int = 0) -> int:
+        """Receive into `place` up to `count` bytes, or all that fit; give how many.
+
+        With MSG_WAITALL there are fewer only at the end of the stream.
+        """
+        size = count or len(place)
+        target = _ffi.from_buffer(place)
+        ssl, read = self._ssl, _lib.SSL_read
+        done = 0
+        while done < size:
+            if not self._dry:
+                with self._lock:
+                    got = read(ssl, target + done, min(size - done, 0x7FFF_FFFF))
+                    if got <= 0:
+                        is_end = self._why_nothing(got)
+                if got > 0:
+                    done += got
+                    continue
+                if is_end:
+                    break
+                if self._has_output():
+                    self._answer()
+            if done and not flags & socket.MSG_WAITALL:
+                break
+            if self._exact:
+                self._receive_record(Deadline(self._timeout))
+                continue
+            try:
+                arrived = self._sock.recv_into(self._received)
+            except BlockingIOError:
+                if done:
+                    break
+                self.give_back()
+                raise
+            if not arrived:
+                if self._deaf:
+                    break
+                raise self._cut_off()
+            self._feed(self._received[:arrived])
+        return done
+
+    def _why_nothing(self, result: int) -> bool:
+        """Tell whether the stream has ended; the lock is held.
+
+        Raises:
+            TLSError: something is wrong.
+        """
+        error = _lib.SSL_get_error(self._ssl, result)
+        if error == _lib.SSL_ERROR_ZERO_RETURN:
+            return True
+        if error == _lib.SSL_ERROR_WANT_READ:
+            self._dry = True
+            return False
+        try:
+            self._connection._raise_ssl_error(self._ssl, result)
+        except SSL.Error as failure:
+            raise explain_stream(reasons(failure), self._judgement.role) from None
+        raise TLSError("OpenSSL wants what it cannot have")
+
+    def _cut_off(self) -> TransportError:
+        if self.session is None:
+            return TransportError(f"the {self._judgement.role} hung up in the TLS handshake")
+        return TransportError("the connection was cut off: it ended without TLS's close_notify")
+
+    def has_pending(self) -> bool:
+        """Tell whether something can be received without waiting for the socket."""
+        return not self._dry
+
+    def arrived(self) -> int:
+        """Give whether something waits; see `Session.arrived`."""
+        return 0 if self._dry else 1
+
+    # Sending.
+
+    def send(self, data: Data) -> int:
+        """Send `data`, all of it unless the socket does not block; give how much was taken."""
+        return self.sendmsg((data,))
+
+    def sendall(self, data: Data) -> None:
+        """Send all of `data`."""
+        self.sendmsg((data,))
+
+    def sendmsg(self, parts: Iterable[Data]) -> int:
+        """Send the parts, all of them unless the socket does not block; give how much was taken.
+
+        Small ones are joined: a record for each would cost more than their copying.
+
+        Raises:
+            BlockingIOError: the socket, which does not block, has not taken what was sent
+                before.
+        """
+        taken = 0
+        blocks = self._timeout != 0
+        with self._sending:
+            if self._backlog and not self._send_backlog():
+                raise BlockingIOError
+            for chunk in _chunks(parts):
+                with self._lock:
+                    result = _lib.SSL_write(self._ssl, _ffi.from_buffer(chunk), len(chunk))
+                    if result <= 0:
+                        self._cannot_write(result)
+                taken += len(chunk)
+                if not self._flush() and not blocks:
+                    break
+        return taken
+
+    def _cannot_write(self, result: int) -> None:
+        try:
+            self._connection._raise_ssl_error(self._ssl, result)
+        except SSL.Error as failure:
+            raise explain_stream(reasons(failure), self._judgement.role) from None
+
+    def flush(self) -> bool:
+        """Send what a socket that does not block has not taken; tell whether nothing is left."""
+        with self._sending:
+            return self._send_backlog() and self._flush()
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether something is encrypted that the socket has not taken."""
+        return len(self._backlog) > 0
+
+    def _flush(self) -> bool:
+        """Send what OpenSSL has made; tell whether nothing is left. `_sending` is held."""
+        while True:
+            with self._lock:
+                count = _lib.BIO_read(self._out, self._encrypted_at, len(self._encrypted))
+            if count <= 0:
+                return True
+            if self._counts and self._exact:
+                self.records_sent += _application_records(self._encrypted[:count])
+            self._backlog = self._encrypted[:count]
+            if not self._send_backlog():
+                return False
+
+    def _send_backlog(self) -> bool:
+        backlog = self._backlog
+        try:
+            while backlog:
+                backlog = backlog[self._sock.send(backlog) :]
+        except BlockingIOError:
+            return False
+        finally:
+            self._backlog = backlog
+        return True
+
+    def _has_output(self) -> bool:
+        with self._lock:
+            place = _ffi.new("char **")
+            return bool(_lib.BIO_get_mem_data(self._out, place) > 0)
+
+    def _answer(self) -> None:
+        """Send what receiving has brought about: the answer to a KeyUpdate, or an alert."""
+        with self._sending:
+            if self._send_backlog():
+                self._flush()
+
+    # The rest of a socket.
+
+    @property
+    def family(self) -> int:
+        """The socket's address family."""
+        return self._sock.family
+
+    def release(self) -> None:
+        """Receive what there is from now on, not record by record."""
+        self._exact = False
+        self._judgement.secrets.clear()
+
+    def give_back(self) -> None:
+        """Give memory back to the system until it is used again."""
+        self._received_memory.madvise(mmap.MADV_DONTNEED)
+        if not self._backlog and self._sending.acquire(blocking=False):
+            try:
+                self._encrypted_memory.madvise(mmap.MADV_DONTNEED)
+            finally:
+                self._sending.release()
+
+    def settimeout(self, seconds: float | None) -> None:
+        """Let each call take so long; None for ever, 0 for no waiting."""
+        self._timeout = seconds
+        self._sock.settimeout(seconds)
+
+    def gettimeout(self) -> float | None:
+        """Give what `settimeout` was told."""
+        return self._timeout
+
+    def setblocking(self, flag: bool) -> None:
+        """Wait for the socket or not."""
+        self.settimeout(None if flag else 0)
+
+    def setsockopt(self, level: int, option: int, value: int | bytes) -> None:
+        """Set an option of the socket."""
+        self._sock.setsockopt(level, option, value)
+
+    def fileno(self) -> int:
+        """Give the socket's descriptor, or -1 once it is closed."""
+        return self._sock.fileno()
+
+    def getpeername(self) -> Any:
+        """Give the peer's address."""
+        return self._sock.getpeername()
+
+    def shutdown(self, how: int) -> None:
+        """Say that nothing more comes (SHUT_WR), hear no more (SHUT_RD), or cut it off (both)."""
+        if how == socket.SHUT_RD:
+            self._deaf = True
+        elif how == socket.SHUT_WR:
+            self._say_goodbye()
+        self._sock.shutdown(how)
+
+    def close(self) -> None:
+        """Say that nothing more comes, and close."""
+        if self._sock.fileno() >= 0:
+            self._say_goodbye()
+            self._sock.close()
+
+    def abandon(self) -> None:
+        """Close without a word: another process goes on with the connection."""
+        self._closing = True
+        self._sock.close()
+
+    def detach_socket(self) -> socket.socket:
+        """Give the bare socket away: somebody else has the keys. It is blocking."""
+        sock = socket.socket(fileno=self._sock.detach())
+        sock.settimeout(None)
+        return sock
+
+    def secret(self, side: str) -> bytes | None:
+        """Give a side's traffic secret ("CLIENT" or "SERVER"), if it is still known."""
+        return self._judgement.secrets.get(f"{side}_TRAFFIC_SECRET_0")
+
+    @property
+    def is_server(self) -> bool:
+        """Whether this is the server's side."""
+        return self._judgement.role == "client"
+
+    def _say_goodbye(self) -> None:
+        """Send close_notify, if the socket takes it at once."""
+        if self._closing or self.session is None:
+            return
+        self._closing = True
+        with contextlib.suppress(OSError, SSL.Error):
+            if not self._sending.acquire(timeout=0.1):
+                return
+            try:
+                self._sock.setblocking(False)
+                with self._lock:
+                    self._connection.shutdown()
+                if self._send_backlog():
+                    self._flush()
+            finally:
+                self._sock.settimeout(self._timeout)
+                self._sending.release()
+
+    def __enter__(self) -> TLSStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _chunks(parts: Iterable[Data]) -> Iterable[Data]:
+    """Join small parts and divide long ones, so that each piece has up to `_CHUNK` bytes."""
+    joined: list[Data] = []
+    length = 0
+    for part in parts:
+        size = len(part)
+        if length + size <= _CHUNK:
+            joined.append(part)
+            length += size
+            continue
+        if joined:
+            yield joined[0] if len(joined) == 1 else b"".join(joined)
+            joined, length = [], 0
+        view = memoryview(part)
+        while len(view) > _CHUNK:
+            yield view[:_CHUNK]
+            view = view[_CHUNK:]
+        joined, length = [view], len(view)
+    if length:
+        yield joined[0] if len(joined) == 1 else b"".join(joined)
+
+
+def _application_records(data: memoryview) -> int:
+    """Count the application-data records in `data`, which are whole."""
+    count = position = 0
+    while position < len(data):
+        kind, _, _, length = _HEADER.unpack_from(data, position)
+        count += kind == _APPLICATION_DATA
+        position += _HEADER.size + length
+    return count
+
+
+# OpenSSL's words (ssl_err.c, in lower case with spaces), and ours. "alert" stands in those that
+# the peer has sent: it is the one that is not content.
+_HANDSHAKE: Final[dict[str, tuple[str, str | None]]] = {
+    "alert unknown ca": (
+        "the {peer} does not trust the authority that signed our certificate",
+        "use a certificate from an authority that the {peer} trusts",
+    ),
+    "alert certificate required": (
+        "the {peer} wants a certificate from us",
+        "give one: --tls-certificates DIR, or --tls-cert and --tls-key",
+    ),
+    "alert bad certificate": ("the {peer} does not accept our certificate", None),
+    "alert certificate expired": ("the {peer} says that our certificate has expired", None),
+    "alert certificate revoked": ("the {peer} says that our certificate was revoked", None),
+    "alert unsupported certificate": ("the {peer} cannot use our kind of certificate", None),
+    "alert certificate unknown": ("the {peer} does not accept our certificate", None),
+    "alert access denied": ("the {peer} does not let us in", None),
+    "alert unknown psk identity": (
+        "the {peer} knows no key for our user name",
+        "check --tls-username and the {peer}'s key file",
+    ),
+    "alert decrypt error": (
+        "the {peer} has another key, or cannot check our signature",
+        "compare the key files on both sides",
+    ),
+    "alert illegal parameter": ("the {peer} does not accept our parameters", None),
+    "alert bad record mac": ("the {peer} has another key", "compare the key files on both sides"),
+    "alert protocol version": ("the {peer} speaks no TLS 1.2 or 1.3 with us", None),
+    "alert insufficient security": ("the {peer} demands other ciphers", None),
+    "alert handshake failure": (
+        "the {peer} and we have no cipher or kind of credentials in common",
+        "do both sides use certificates, or both pre-shared keys?",
+    ),
+    "alert internal error": ("the {peer} failed in the handshake", "see its log"),
+    "no shared cipher": (
+        "the {peer} and we have no cipher or kind of credentials in common",
+        "do both sides use certificates, or both pre-shared keys?",
+    ),
+    "peer did not return a certificate": ("the {peer} has shown no certificate", None),
+    "unsupported protocol": ("the {peer} offers neither TLS 1.2 nor 1.3", None),
+    "psk identity not found": ("the {peer} named a user who has no key here", None),
+    "binder does not verify": ("the {peer} has another pre-shared key than we have", None),
+    "wrong version number": ("the {peer} does not speak TLS", None),
+    "http request": ("the {peer} speaks HTTP", None),
+}
+
+
+_ALERTS: Final = {
+    10: "unexpected message",
+    20: "bad record MAC",
+    22: "record overflow",
+    40: "handshake failure",
+    42: "bad certificate",
+    43: "unsupported certificate",
+    44: "certificate revoked",
+    45: "certificate expired",
+    46: "certificate unknown",
+    47: "illegal parameter",
+    48: "unknown authority",
+    49: "access denied",
+    50: "decode error",
+    51: "decrypt error",
+    70: "protocol version",
+    80: "internal error",
+    90: "user canceled",
+    115: "unknown PSK identity",
+    116: "certificate required",
+}
+
+
+def explain_handshake(words: str, peer: str) -> TLSError:
+    """Say why a handshake failed, by OpenSSL's words for it."""
+    for known, (message, hint) in _HANDSHAKE.items():
+        if known in words:
+            return TLSError(message.format(peer=peer), hint=hint and hint.format(peer=peer))
+    return TLSError(f"the TLS handshake with the {peer} failed: {words}")
+
+
+def explain_alert(number: int) -> str:
+    """Say what a peer's alert is (RFC 8446, section 6)."""
+    return f"the peer broke TLS off: {_ALERTS.get(number, f'alert {number}')}"
+
+
+def explain_stream(words: str, peer: str) -> TLSError:
+    """Say what went wrong after the handshake, by OpenSSL's words for it.
+
+    In TLS 1.3 a client has done its part when the server looks at its certificate, so that the
+    server's refusal may come as late as this.
+    """
+    if "alert" in words:
+        return explain_handshake(words, peer)
+    return TLSError(f"what the {peer} sent is no valid TLS: {words}")
