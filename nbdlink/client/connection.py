@@ -6,7 +6,6 @@ is in flight, and who moves it, is the business of `pipeline`.
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import Self
 from nbdlink.client.export import NegotiatedExport
 from nbdlink.client.negotiate import DEFAULT_TIMEOUT, negotiate_best
 from nbdlink.client.pipeline import Pending, Pipeline
+from nbdlink.client.security import Security
 from nbdlink.errors import LocalProtocolError, NBDError
 from nbdlink.protocol.chunks import Extent, pack_status_filter
 from nbdlink.protocol.constants import (
@@ -25,6 +25,7 @@ from nbdlink.protocol.constants import (
     TransmissionFlag,
     command_name,
 )
+from nbdlink.transport.stream import Wire
 from nbdlink.uri import Target
 
 Buffer = bytes | bytearray | memoryview
@@ -72,7 +73,7 @@ class Connection:
         export: what the server said of the export.
     """
 
-    def __init__(self, target: Target, sock: socket.socket, export: NegotiatedExport) -> None:
+    def __init__(self, target: Target, sock: Wire, export: NegotiatedExport) -> None:
         """Take over a socket in transmission."""
         self.target = target
         self.export = export
@@ -462,6 +463,7 @@ def connect(
     timeout: float | None = DEFAULT_TIMEOUT,
     contexts: Sequence[str] = (ALLOCATION_CONTEXT,),
     style: HeaderStyle = HeaderStyle.EXTENDED,
+    security: Security | None = None,
 ) -> Connection:
     """Connect to an export, to be used in a `with` block.
 
@@ -470,11 +472,15 @@ def connect(
         timeout: seconds for connection and handshake together, or None for ever.
         contexts: the metadata contexts to select, if the export has them.
         style: the richest headers to ask for; servers that do not know them get simpler ones.
+        security: what is demanded of TLS; None for what the target says.
 
     Raises:
         ConfigError: the target makes no sense.
         TransportError, RemoteProtocolError, OptionError: no such export to be had there.
+        TLSError: TLS is demanded, and there is none, or the two do not come to terms.
     """
     place = Target.parse(target) if isinstance(target, str) else target
-    sock, export = negotiate_best(place, timeout=timeout, contexts=contexts, style=style)
+    sock, export = negotiate_best(
+        place, timeout=timeout, contexts=contexts, style=style, security=security
+    )
     return Connection(place, sock, export)

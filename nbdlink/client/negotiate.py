@@ -14,15 +14,11 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from nbdlink.client.export import NegotiatedExport
-from nbdlink.errors import (
-    ConfigError,
-    OptionError,
-    RemoteProtocolError,
-    TransportError,
-)
+from nbdlink.client.security import Security, refused
+from nbdlink.errors import OptionError, RemoteProtocolError, TLSError, TransportError
 from nbdlink.protocol.constants import (
     ALLOCATION_CONTEXT,
     ClientFlag,
@@ -57,8 +53,11 @@ from nbdlink.protocol.messages import (
 )
 from nbdlink.protocol.transmission import RequestHeader
 from nbdlink.transport import stream
-from nbdlink.transport.stream import Deadline
+from nbdlink.transport.stream import Deadline, Wire
 from nbdlink.uri import Target
+
+if TYPE_CHECKING:
+    from nbdlink.transport.tls import TLSSession
 
 DEFAULT_TIMEOUT = 15.0
 """Seconds from the first connect to the end of the handshake."""
@@ -70,10 +69,7 @@ _ASKED = (InfoType.EXPORT, InfoType.NAME, InfoType.DESCRIPTION, InfoType.BLOCK_S
 
 _REFUSALS: dict[int, tuple[str, str | None]] = {
     OptionReply.ERR_POLICY: ("the server's policy forbids it", None),
-    OptionReply.ERR_TLS_REQD: (
-        "the server demands TLS",
-        "nbdlink cannot speak TLS yet; ask the server's administrator for a plain export",
-    ),
+    OptionReply.ERR_TLS_REQD: ("the server demands TLS", "say nbds:// or --tls require"),
     OptionReply.ERR_SHUTDOWN: ("the server is shutting down", "try again when it is back"),
     OptionReply.ERR_UNSUP: ("the server does not know that option", None),
 }
@@ -84,36 +80,49 @@ class Negotiation:
 
     Attributes:
         target: where the connection leads.
+        security: what is demanded of TLS.
         fixed: whether the server speaks fixed newstyle, so that options can be asked.
+        tls: what the TLS handshake came to, or None without TLS.
     """
 
-    def __init__(self, target: Target, *, timeout: float | None = DEFAULT_TIMEOUT) -> None:
-        """Connect to `target` and exchange the flags.
+    def __init__(
+        self,
+        target: Target,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        security: Security | None = None,
+    ) -> None:
+        """Connect to `target`, exchange the flags and begin TLS, if that is wanted.
 
         Args:
             target: the server; its export name is only the default of the methods below.
             timeout: seconds for the whole handshake, or None for ever.
+            security: what is demanded of TLS; None for what the target says.
 
         Raises:
             TransportError: no connection, or none in time.
             RemoteProtocolError: no NBD server, or not one that follows the protocol.
-            ConfigError: the target demands TLS.
+            TLSError: TLS is demanded, and there is none, or not with this server.
+            ConfigError: the credentials cannot be loaded.
         """
-        if target.tls:
-            raise ConfigError(
-                f"{target}: nbdlink cannot speak TLS yet, and will not go on without it",
-                hint="use nbd:// where the network is trusted",
-            )
+        security = security or Security(target)
+        if security.policy != "off":
+            security.context  # noqa: B018  # before a server is troubled
         self.target = target
+        self.security = security
+        self._taken = False
+        self.tls: TLSSession | None = None
         self._selected: tuple[str, dict[str, int]] = ("", {})
         self._deadline = Deadline(timeout)
         self._machine = Handshake(Role.CLIENT)
-        self._socket = stream.connect(target, self._deadline)
+        self._socket: Wire = stream.connect(target, self._deadline)
         try:
             greeting = self._receive()
             assert isinstance(greeting, Greeting)
             self.fixed = bool(greeting.flags & HandshakeFlag.FIXED_NEWSTYLE)
             self._send(ClientFlags(ClientFlag(int(greeting.flags) & int(_CLIENT_FLAGS))))
+            if security.policy != "off":
+                self._start_tls(security)
         except BaseException:
             self._socket.close()
             raise
@@ -125,6 +134,7 @@ class Negotiation:
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         style: HeaderStyle = HeaderStyle.EXTENDED,
+        security: Security | None = None,
     ) -> Self:
         """Connect and agree on the richest headers, up to `style`, that the server knows.
 
@@ -132,16 +142,17 @@ class Negotiation:
         second connection.
 
         Raises:
-            TransportError, RemoteProtocolError, ConfigError: as the constructor.
+            TransportError, RemoteProtocolError, TLSError, ConfigError: as the constructor.
         """
         deadline = Deadline(timeout)
-        negotiation = cls(target, timeout=timeout)
+        security = security or Security(target)
+        negotiation = cls(target, timeout=timeout, security=security)
         try:
             negotiation.request_best(style)
         except (TransportError, RemoteProtocolError):
             negotiation.close()
             with contextlib.suppress(TimeoutError):
-                return cls(target, timeout=deadline.left())
+                return cls(target, timeout=deadline.left(), security=security)
             raise
         except BaseException:
             negotiation.close()
@@ -161,7 +172,7 @@ class Negotiation:
 
     def close(self) -> None:
         """End the session as the protocol wants it: ABORT, if an option may be sent now."""
-        if self._socket.fileno() < 0:
+        if self._taken or self._socket.fileno() < 0:
             return
         self._deadline = Deadline(_GOODBYE_TIMEOUT)
         with contextlib.suppress(TransportError, RemoteProtocolError):
@@ -285,8 +296,10 @@ class Negotiation:
         assert isinstance(answer, ExportNameAnswer)
         return self._agreed(NegotiatedExport(name, answer.size, answer.flags))
 
-    def detach_socket(self) -> socket.socket:
+    def detach_socket(self) -> Wire:
         """Take the socket over once `go` has begun transmission; it is blocking again.
+
+        With TLS it is a stream that still receives record by record.
 
         Raises:
             RemoteProtocolError: the server sent something nobody asked for. It would be taken
@@ -295,12 +308,32 @@ class Negotiation:
         assert self._machine.state is State.TRANSMISSION
         if self._machine.trailing_data:
             raise self._named(RemoteProtocolError("the server sent bytes that nobody asked for"))
-        taken = self._socket.dup()
-        self._socket.close()
-        taken.settimeout(None)
-        return taken
+        self._taken = True
+        self._socket.settimeout(None)
+        return self._socket
 
     # The conversation.
+
+    def _start_tls(self, security: Security) -> None:
+        """Agree on TLS and begin it; without it, go on only if the policy allows that."""
+        allowed = security.policy == "allow"
+        if not self.fixed:
+            if allowed:
+                return
+            raise refused(self.target.address, "its negotiation is too old")
+        try:
+            self._ask(OptionRequest(Option.STARTTLS))
+        except OptionError as error:
+            if allowed and error.reply in (OptionReply.ERR_UNSUP, OptionReply.ERR_POLICY):
+                return
+            raise refused(self.target.address, error.reason or reply_name(error.reply)) from None
+        with self._naming_the_server():
+            if self._machine.trailing_data:
+                self._machine.tls_started()  # which says what is wrong with that
+            assert isinstance(self._socket, socket.socket)
+            secured = security.begin(self._socket, self._deadline)
+            self._socket, self.tls = secured, secured.session
+            self._machine.tls_started()
 
     def _name(self, name: str | None) -> str:
         return self.target.export if name is None else name
@@ -416,7 +449,7 @@ class Negotiation:
     def _naming_the_server(self) -> Iterator[None]:
         try:
             yield
-        except (TransportError, RemoteProtocolError) as error:
+        except (TransportError, RemoteProtocolError, TLSError) as error:
             error.args = (f"{self.target.address}: {error}",)
             raise
 
@@ -426,21 +459,27 @@ _CLIENT_FLAGS = ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES
 
 
 def negotiate(
-    target: Target, *, timeout: float | None = DEFAULT_TIMEOUT
-) -> tuple[socket.socket, NegotiatedExport]:
+    target: Target,
+    *,
+    timeout: float | None = DEFAULT_TIMEOUT,
+    security: Security | None = None,
+) -> tuple[Wire, NegotiatedExport]:
     """Connect to `target`'s export with simple replies, ready for the first request.
 
     Args:
         target: server and export.
         timeout: seconds for connection and handshake together, or None for ever.
+        security: what is demanded of TLS; None for what the target says.
 
     Returns:
-        The connected, blocking socket, which the caller owns, and what the server said.
+        The connected, blocking socket, which the caller owns, and what the server said. With
+        TLS it is a stream that still receives record by record: hand it over, or release it.
 
     Raises:
-        TransportError, RemoteProtocolError, OptionError, ConfigError: see `Negotiation`.
+        TransportError, RemoteProtocolError, OptionError, TLSError, ConfigError: see
+            `Negotiation`.
     """
-    with Negotiation(target, timeout=timeout) as negotiation:
+    with Negotiation(target, timeout=timeout, security=security) as negotiation:
         export = negotiation.go()
         return negotiation.detach_socket(), export
 
@@ -451,7 +490,8 @@ def negotiate_best(
     timeout: float | None = DEFAULT_TIMEOUT,
     contexts: Sequence[str] = (ALLOCATION_CONTEXT,),
     style: HeaderStyle = HeaderStyle.EXTENDED,
-) -> tuple[socket.socket, NegotiatedExport]:
+    security: Security | None = None,
+) -> tuple[Wire, NegotiatedExport]:
     """Connect to `target`'s export with all that server and client both understand.
 
     Args:
@@ -459,15 +499,18 @@ def negotiate_best(
         timeout: seconds for connection and handshake together, or None for ever.
         contexts: the metadata contexts to select, if the export has them.
         style: the richest headers to ask for.
+        security: what is demanded of TLS; None for what the target says.
 
     Returns:
         The connected, blocking socket, which the caller owns, and what the server said.
 
     Raises:
-        TransportError, RemoteProtocolError, OptionError, ConfigError: see `Negotiation`.
+        TransportError, RemoteProtocolError, OptionError, TLSError, ConfigError: see
+            `Negotiation`.
     """
     deadline = Deadline(timeout)
-    with Negotiation.best(target, timeout=timeout, style=style) as negotiation:
+    security = security or Security(target)
+    with Negotiation.best(target, timeout=timeout, style=style, security=security) as negotiation:
         try:
             if negotiation.style != HeaderStyle.SIMPLE and contexts:
                 negotiation.set_meta_contexts(contexts)
@@ -475,8 +518,15 @@ def negotiate_best(
             failure = error
         else:
             export = negotiation.go()
-            return negotiation.detach_socket(), export
+            return _released(negotiation.detach_socket()), export
     # As in `Negotiation.best`. If it was something else, the second attempt will say so.
     with contextlib.suppress(TimeoutError):
-        return negotiate(target, timeout=deadline.left())
+        wire, export = negotiate(target, timeout=deadline.left(), security=security)
+        return _released(wire), export
     raise failure
+
+
+def _released(wire: Wire) -> Wire:
+    if not isinstance(wire, socket.socket):
+        wire.release()
+    return wire

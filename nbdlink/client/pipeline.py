@@ -18,7 +18,13 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 
-from nbdlink.errors import NBDError, RemoteProtocolError, RequestError, TransportError
+from nbdlink.errors import (
+    NBDError,
+    RemoteProtocolError,
+    RequestError,
+    TLSError,
+    TransportError,
+)
 from nbdlink.protocol.constants import (
     EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
@@ -29,7 +35,7 @@ from nbdlink.protocol.constants import (
 )
 from nbdlink.protocol.replies import Awaited, ChunkReader, ReplyReader
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST, RequestHeader
-from nbdlink.transport.stream import Deadline, reason
+from nbdlink.transport.stream import Deadline, Wire, reason
 
 _GATHER = 64
 """Buffers that one `sendmsg` takes; far below IOV_MAX (1024) and enough to fill a socket."""
@@ -111,10 +117,12 @@ class Pipeline:
         address: the server, for messages.
     """
 
-    def __init__(self, sock: socket.socket, style: HeaderStyle, address: str) -> None:
+    def __init__(self, sock: Wire, style: HeaderStyle, address: str) -> None:
         """Take over a socket whose handshake agreed on `style`."""
         self.address = address
         self._socket = sock
+        # Has a say of its own in what is ready: it may hold what the socket has no more.
+        self._tls = None if isinstance(sock, socket.socket) else sock
         sock.setblocking(False)
         self._style = style
         self._reader: ReplyReader[Pending] = (
@@ -234,15 +242,31 @@ class Pipeline:
     def _drive(self, timeout: float | None, request: Pending) -> None:
         """Wait for the socket once, with the lock released, and move what can be moved."""
         self._choose_events()
-        self._turn.release()
-        try:
-            ready = dict(self._poll.poll(None if timeout is None else max(1, int(timeout * 1000))))
-        finally:
-            self._turn.acquire()
+        ready = self._ready_already()
+        if not ready:
+            self._turn.release()
+            try:
+                ready = dict(
+                    self._poll.poll(None if timeout is None else max(1, int(timeout * 1000)))
+                )
+            finally:
+                self._turn.acquire()
         self._move(ready, (request,))
 
+    def _ready_already(self) -> dict[int, int]:
+        """Tell what can be moved without waiting for the socket."""
+        if self._tls is None or not self._tls.has_pending():
+            return {}
+        return {self._socket.fileno(): select.POLLIN}
+
+    def _wants(self) -> int:
+        """Tell what the socket is to be waited for."""
+        if self._queue or (self._tls is not None and self._tls.has_backlog):
+            return select.POLLIN | select.POLLOUT
+        return select.POLLIN
+
     def _choose_events(self) -> None:
-        events = select.POLLIN | (select.POLLOUT if self._queue else 0)
+        events = self._wants()
         if events != self._polled:
             self._poll.modify(self._socket, events)
             self._polled = events
@@ -253,7 +277,7 @@ class Pipeline:
         if can_send:
             os.eventfd_read(self._wake)
         events = ready.get(self._socket.fileno(), 0)
-        if self._queue and (can_send or events & select.POLLOUT) and not self._dead:
+        if (can_send or events & select.POLLOUT) and not self._dead:
             self._send_queued()
         if events & ~select.POLLOUT and not self._dead:
             self._receive_ready(requests)
@@ -267,10 +291,15 @@ class Pipeline:
                     sent -= len(queue.popleft())
                 if sent:
                     queue[0] = queue[0][sent:]
+            if self._tls is not None and self._tls.has_backlog:
+                self._tls.flush()
         except BlockingIOError:
             return
         except OSError as error:
             self._fail(TransportError(f"{self.address}: {reason(error)}"))
+        except TLSError as error:
+            error.args = (f"{self.address}: {error}",)
+            self._fail(error)
         except BaseException:
             self._interrupted()
             raise
@@ -290,7 +319,7 @@ class Pipeline:
             return
         except OSError as error:
             self._fail(TransportError(f"{self.address}: {reason(error)}"))
-        except RemoteProtocolError as error:
+        except (RemoteProtocolError, TransportError, TLSError) as error:
             error.args = (f"{self.address}: {error}",)
             self._fail(error)
         except BaseException:
@@ -334,12 +363,14 @@ def wait_for_any(*requests: Pending) -> None:
                 if pipeline._dead:
                     raise pipeline._dead
             places: dict[int, Pipeline] = {}
+            ready: dict[int, int] = {}
             for pipeline in pipelines:
                 sock = pipeline._socket.fileno()
                 places[sock] = places[pipeline._wake] = pipeline
-                poll.register(sock, select.POLLIN | (select.POLLOUT if pipeline._queue else 0))
+                poll.register(sock, pipeline._wants())
                 poll.register(pipeline._wake, select.POLLIN)
-            ready = dict(poll.poll())
+                ready.update(pipeline._ready_already())
+            ready = ready or dict(poll.poll())
             for pipeline in {places[number] for number in ready}:
                 with pipeline._turn:
                     pipeline._move(ready, requests)

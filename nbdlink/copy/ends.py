@@ -13,6 +13,7 @@ from typing import Protocol
 
 from nbdlink.client.connection import Connection, connect
 from nbdlink.client.pipeline import Pending
+from nbdlink.client.security import NO_OPTIONS, Security, TLSOptions
 from nbdlink.copy.zeroes import ZEROES
 from nbdlink.errors import ConfigError
 from nbdlink.protocol.chunks import Extent
@@ -114,18 +115,27 @@ class ExportEnd:
     The first connection asks about the export, and is the first lane as well.
     """
 
-    def __init__(self, target: Target, *, connections: int | None, allocate: bool = False) -> None:
+    def __init__(
+        self,
+        target: Target,
+        *,
+        connections: int | None,
+        allocate: bool = False,
+        tls: TLSOptions = NO_OPTIONS,
+    ) -> None:
         """Connect.
 
         Args:
             target: server and export.
             connections: how many may be used, or None for what suits the server.
             allocate: whether zeroes written take space.
+            tls: what is demanded of TLS, beside what the target says.
         """
         self.name = str(target)
         self._target = target
         self._allocate = allocate
-        self._main = connect(target)
+        self._security = Security(target, tls)
+        self._main = connect(target, security=self._security)
         export = self._main.export
         self.size: int | None = export.size
         self.alignment = export.minimum_block
@@ -159,7 +169,9 @@ class ExportEnd:
             self._main_is_free = False
             return ExportLane(self._main, self._allocate)
         # Extents are asked on the first connection only.
-        return ExportLane(connect(self._target, contexts=()), self._allocate)
+        return ExportLane(
+            connect(self._target, contexts=(), security=self._security), self._allocate
+        )
 
     def finish(self, size: int, *, flush: bool) -> None:
         """Flush, where the server can; its promise for several connections covers all."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from nbdlink.client.security import NO_OPTIONS, TLSOptions
 from nbdlink.copy.ends import Destination, ExportEnd, NullEnd, Source
 from nbdlink.copy.engine import (
     CopyLane,
@@ -61,6 +62,7 @@ class CopySpec:
     tuning: Tuning = field(default_factory=Tuning)
     flush: bool = True
     verify: bool = False
+    tls: TLSOptions = NO_OPTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +161,17 @@ def _check(spec: CopySpec) -> None:
             )
 
 
+def _tls(target: Target, spec: CopySpec) -> TLSOptions:
+    """Give the options for one of the exports: credentials are for the one that says nbds."""
+    ends = [export_of(word) for word in (spec.source, spec.destination) if word != NULL]
+    is_other = not target.tls and any(end.tls for end in ends if end)
+    return NO_OPTIONS if is_other and spec.tls.policy is None else spec.tls
+
+
 def _open_source(word: str, spec: CopySpec) -> Source:
     target = export_of(word)
     if target is not None:
-        return ExportEnd(target, connections=spec.connections)
+        return ExportEnd(target, connections=spec.connections, tls=_tls(target, spec))
     return open_source(word)
 
 
@@ -172,7 +181,9 @@ def _open_destination(spec: CopySpec) -> Destination:
     target = export_of(spec.destination)
     allocate = spec.tuning.allocate
     if target is not None:
-        return ExportEnd(target, connections=spec.connections, allocate=allocate)
+        return ExportEnd(
+            target, connections=spec.connections, allocate=allocate, tls=_tls(target, spec)
+        )
     return open_destination(spec.destination, allocate=allocate)
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from nbdlink.client.negotiate import Negotiation, negotiate, negotiate_best
 from nbdlink.errors import (
-    ConfigError,
     NBDError,
     OldstyleServerError,
     OptionError,
     RemoteProtocolError,
+    TLSError,
     TransportError,
     is_retryable,
 )
@@ -39,6 +39,7 @@ from nbdlink.protocol.messages import (
     OptionRequest,
     Reply,
 )
+from nbdlink.server import serve_in_thread
 from nbdlink.uri import Target
 
 ALL = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
@@ -439,9 +440,13 @@ def test_a_lie_in_the_information_is_refused(liar, info, says):
         negotiate(liar(speak(answers)).target, timeout=20)
 
 
-def test_tls_is_never_given_up_silently():
-    with pytest.raises(ConfigError, match="will not go on without"):
-        negotiate(Target("localhost", 1, tls=True))
+def test_tls_is_never_given_up_silently(tmp_path):
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(4096))
+    with serve_in_thread({"": path}) as service:
+        port = service.addresses[0][1]
+        with pytest.raises(TLSError, match="does not offer TLS"):
+            negotiate(Target("127.0.0.1", port, tls=True))
 
 
 @pytest.mark.parametrize(
