@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
 import stat
 import struct
 import threading
@@ -121,8 +122,17 @@ class Transmission:
         self._outlet = outlet = Outlet(session.sock, workers)
         self._aside = Dispatcher(session, negotiated, form, self._intake, outlet, workers)
         plain = self._storage.plain_file
+        # TLS in this process encrypts what it can read without being killed for it: copies.
+        self._copies = not isinstance(session.sock, socket.socket)
         self._lending = plain and Lending(
-            self._storage, plain, form, outlet, workers, self._aside.executor
+            self._storage,
+            plain,
+            form,
+            outlet,
+            workers,
+            self._aside.executor,
+            session,
+            copies=self._copies,
         )
         # Data is page aligned behind the first header.
         head = form.data.size
@@ -491,7 +501,7 @@ class Transmission:
     def _can_lend(self) -> bool:
         """Tell whether short reads may be sent from the file's pages without a look."""
         plain = self._storage.plain_file
-        if plain is None:
+        if plain is None or self._copies:
             return False
         status = os.fstat(plain.fd)
         if stat.S_ISREG(status.st_mode) and status.st_size < plain.start + self._storage.size:

@@ -23,6 +23,9 @@ class Export:
         read_only: whether writing is refused, even if the storage could.
         multi_conn: whether clients may be told that several connections are safe. A server
             that lets only one client in must not: the second connection would wait for ever.
+        tls_only: whether it may be used over TLS only, though the server offers both.
+        clients: who may use it: subjects of certificates, or users of pre-shared keys; empty
+            for everybody.
 
     Raises:
         ConfigError: the protocol cannot carry the name, the description or the block sizes.
@@ -33,6 +36,8 @@ class Export:
     description: str = ""
     read_only: bool = False
     multi_conn: bool = True
+    tls_only: bool = False
+    clients: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         try:
@@ -45,6 +50,11 @@ class Export:
     def is_read_only(self) -> bool:
         """Whether writes are refused, by wish or because the storage cannot."""
         return self.read_only or self.storage.read_only
+
+    @property
+    def is_secured(self) -> bool:
+        """Whether nobody may use it without TLS, which alone tells who somebody is."""
+        return self.tls_only or bool(self.clients)
 
     @property
     def size(self) -> int:

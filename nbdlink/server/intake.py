@@ -52,14 +52,14 @@ class Intake:
         inbox: where requests are received, up to `INBOX` bytes; behind that there is room for
             a piece of a payload, wherever in the first part it begins.
         request: the layout of a request's header.
-        is_unix: whether the socket is a Unix socket.
+        is_unix: whether it is a bare Unix socket, out of which the kernel can move payloads.
     """
 
     def __init__(self, session: Session, request: struct.Struct) -> None:
         """Receive the requests of `session`, whose headers are `request`."""
         self._session = session
         self._sock = session.sock
-        self.is_unix = session.sock.family == socket.AF_UNIX
+        self.is_unix = session.is_bare and session.sock.family == socket.AF_UNIX
         self.request = request
         self._memory, self.inbox = buffer(INBOX + PIECE, _ALIGNED - request.size)
         self._pipe = (-1, -1)
@@ -179,6 +179,8 @@ class Intake:
         """
         if self._last is None:
             self._last = self._session.arrived()
+        elif self._last and not self._session.is_bare and not self._session.arrived():
+            self._last = 0  # what TLS adds to the data is not heard
         return self._last
 
     def note(self, count: int) -> None:

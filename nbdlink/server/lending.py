@@ -8,18 +8,22 @@ begun, and gives the others back.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Final, NamedTuple
 
 from nbdlink.protocol.constants import Command
 from nbdlink.server.executor import Executor
+from nbdlink.server.intake import buffer
 from nbdlink.server.outlet import Outlet, Part
 from nbdlink.server.replies import ReplyFormat
+from nbdlink.server.sessions import Session
 from nbdlink.server.workers import Workers
 from nbdlink.storage.base import PlainFile, Storage
 
 LONG: Final = 32 * 1024
 """Bytes from which on it is worth while to look for holes before a read."""
-
+_COPIED: Final = 128 * 1024
+"""Bytes that are copied and encrypted in one go: they stay in the processor's cache."""
 
 _READ: Final = int(Command.READ)
 
@@ -48,8 +52,16 @@ class Lending:
         outlet: Outlet,
         workers: Workers,
         executor: Executor,
+        session: Session,
+        *,
+        copies: bool = False,
     ) -> None:
-        """Lend the pages of `plain`, which is where `storage` lies."""
+        """Lend the pages of `plain`, which is where `storage` lies.
+
+        With `copies` nothing is lent, and long reads are copied before they are sent. TLS in
+        this process has to be done so: a kernel that cannot read a page of a truncated file
+        says so, and a process that cannot is killed.
+        """
         self.parts: list[Part] = []
         self.reads: list[Read | tuple[int, int, int]] = []
         self._storage = storage
@@ -58,6 +70,8 @@ class Lending:
         self._outlet = outlet
         self._workers = workers
         self._executor = executor
+        self._session = session
+        self._copy = buffer(form.data.size + _COPIED, 0)[1] if copies else None
 
     def answer(self, cookie: int, offset: int, length: int, tick: int) -> int:
         """Answer a long read, now or with the next `send`.
@@ -88,6 +102,8 @@ class Lending:
                     return -1
                 self._outlet.send(self._form.hole(cookie, offset, offset, length, done=True))
                 return 0
+        if self._copy is not None:
+            return self._answer_with_copy(cookie, offset, length)
         window = mapping.window(offset)
         if not window.first <= offset <= offset + length <= window.last:
             # Not mapped, or across two windows; but it is in the page cache.
@@ -98,6 +114,26 @@ class Lending:
         self.parts.append(window.pages[begin : begin + length])
         self.reads.append(Read(cookie, offset, length))
         return self._form.data.size + length
+
+    def _answer_with_copy(self, cookie: int, offset: int, length: int) -> int:
+        assert self._copy is not None
+        head, fd, start = self._form.data.size, self._plain.fd, self._plain.start
+        reply = self._copy[: head + min(length, _COPIED)]
+        if not _fills(fd, reply[head:], start + offset):
+            return -1
+        reply[:head] = self._form.data_header(cookie, offset, length)
+        done = len(reply) - head
+        with self._outlet.lock if self._workers.pending else contextlib.nullcontext():
+            self._outlet.send_locked(reply)
+            while done < length:
+                piece = self._copy[: min(length - done, _COPIED)]
+                if not _fills(fd, piece, start + offset + done):
+                    self._executor.finish_read(offset + done, length - done)
+                    break
+                self._outlet.send_locked(piece)
+                done += len(piece)
+        self._session.count(bytes_read=length)
+        return 0
 
     def send(self, lead: int, total: int, sent: int = 0) -> list[Read]:
         """Send what waits.
@@ -138,3 +174,11 @@ class Lending:
                 done = max(0, sent - head)
                 self._executor.finish_read(offset + done, length - done)
         return reads
+
+
+def _fills(fd: int, place: memoryview, position: int) -> bool:
+    """Read from a file; tell whether there was enough of it."""
+    try:
+        return os.preadv(fd, (place,), position) == len(place)
+    except OSError:
+        return False

@@ -3,12 +3,14 @@
 `Negotiation` decides and does no I/O: bytes in, answers out, so it can be run against the
 client's machine in memory. `negotiate` is the small driver that does it over a socket.
 
-The server runs without TLS so far ("NOTLS mode"). It knows all three styles of headers, of
-which the client's last choice counts; a client that asks for none gets simple replies.
+It knows all three styles of headers, of which the client's last choice counts; a client that
+asks for none gets simple replies. With TLS all that was said before is forgotten, and who the
+client is counts: exports that it may not use are not listed.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,8 +45,12 @@ from nbdlink.protocol.messages import (
 )
 from nbdlink.protocol.transmission import RequestRules
 from nbdlink.server.export import Catalogue, Export
+from nbdlink.server.security import ServerSecurity
+from nbdlink.server.sessions import Session
 from nbdlink.transport import stream
 from nbdlink.transport.stream import Deadline
+
+_log = logging.getLogger("nbdlink.server")
 
 DEFAULT_TIMEOUT: Final = 10.0
 """Seconds that a client has for the whole handshake."""
@@ -80,7 +86,10 @@ class Negotiation:
     """
 
     def __init__(
-        self, catalogue: Catalogue, is_closing: Callable[[], bool] = lambda: False
+        self,
+        catalogue: Catalogue,
+        is_closing: Callable[[], bool] = lambda: False,
+        security: ServerSecurity | None = None,
     ) -> None:
         """Begin a handshake.
 
@@ -88,10 +97,15 @@ class Negotiation:
             catalogue: the exports to offer.
             is_closing: tells whether the server is about to stop; from then on every option
                 that would lead to transmission is answered ERR_SHUTDOWN.
+            security: whether there is TLS, and for whom; None for none.
         """
         self._machine = Handshake(Role.SERVER)
         self._catalogue = catalogue
         self._is_closing = is_closing
+        self._security = security
+        self._mode = security.mode if security else "off"
+        self._has_tls = False
+        self._peer: str | None = None
         self.export: Export | None = None
         # What was selected last: contexts by id, and the export that they were selected for.
         self._contexts: dict[int, str] = {}
@@ -130,6 +144,24 @@ class Negotiation:
         )
 
     @property
+    def wants_tls(self) -> bool:
+        """Whether the TLS handshake is next."""
+        return self._machine.state is State.STARTING_TLS
+
+    def tls_started(self, peer: str | None) -> None:
+        """Say that it is done: haggling begins anew.
+
+        Args:
+            peer: who the client is, if it has proved it.
+
+        Raises:
+            RemoteProtocolError: the client sent plain bytes behind its request for TLS.
+        """
+        self._machine.tls_started()
+        self._has_tls, self._peer = True, peer
+        self._contexts, self._contexts_of = {}, ""
+
+    @property
     def ended(self) -> bool:
         """Whether the client has ended the session (NBD_OPT_ABORT)."""
         return self._machine.state is State.CLOSED
@@ -150,9 +182,15 @@ class Negotiation:
         if self._is_closing():
             raise RemoteProtocolError("it came while the server is shutting down")
         name = parse_export_name(request.data)
+        if self._mode == "require" and not self._has_tls:
+            raise RemoteProtocolError("it asked for an export without TLS, which is demanded here")
+        if not self._is_admitted():
+            raise RemoteProtocolError(self._stranger())
         export = self._catalogue.find(name)
         if export is None:
             raise RemoteProtocolError(f"there is no export {_short(name)}")
+        if denial := self._denial(export):
+            raise RemoteProtocolError(denial[1])
         self.export = export
         return self._machine.send(ExportNameAnswer(export.size, self._flags(export)))
 
@@ -162,11 +200,15 @@ class Negotiation:
             return [Reply(request.option, OptionReply.ACK)]
         if request.option == Option.SET_META_CONTEXT:
             self._contexts = {}  # replaced even if this fails
+        if self._mode == "require" and not self._has_tls and request.option != Option.STARTTLS:
+            return [_refusal(request, OptionReply.ERR_TLS_REQD, "TLS is demanded here")]
         if request.oversized:
             words = f"{request.oversized} bytes of data; at most {MAX_OPTION_DATA} are read"
             return [_refusal(request, OptionReply.ERR_TOO_BIG, words)]
         if self._is_closing():
             return [_refusal(request, OptionReply.ERR_SHUTDOWN, "the server is shutting down")]
+        if not self._is_admitted():
+            return [_refusal(request, OptionReply.ERR_POLICY, self._stranger())]
         match request.option:
             case Option.LIST:
                 return self._list(request)
@@ -178,13 +220,18 @@ class Negotiation:
                 return self._meta_context(request)
             case Option.STARTTLS if request.data:
                 return [_refusal(request, OptionReply.ERR_INVALID, "STARTTLS takes no data")]
+            case Option.STARTTLS if self._has_tls:
+                return [_refusal(request, OptionReply.ERR_INVALID, "TLS has begun already")]
+            case Option.STARTTLS if self._mode != "off" and self._machine.fixed:
+                return [Reply(request.option, OptionReply.ACK)]
         words = f"{option_name(request.option)} is not supported"
         return [_refusal(request, OptionReply.ERR_UNSUP, words)]
 
     def _list(self, request: OptionRequest) -> list[Reply]:
         if request.data:
             return [_refusal(request, OptionReply.ERR_INVALID, "LIST takes no data")]
-        if len(self._catalogue) >= MAX_OPTION_REPLIES:
+        exports = [export for export in self._catalogue if not self._denial(export)]
+        if len(exports) >= MAX_OPTION_REPLIES:
             return [_refusal(request, OptionReply.ERR_TOO_BIG, "too many exports to list")]
         replies = [
             Reply(
@@ -192,7 +239,7 @@ class Negotiation:
                 OptionReply.SERVER,
                 ExportListing(export.name, export.description).pack(),
             )
-            for export in self._catalogue
+            for export in exports
         ]
         return [*replies, Reply(request.option, OptionReply.ACK)]
 
@@ -202,6 +249,8 @@ class Negotiation:
         if export is None:
             words = f"there is no export {_short(asked.name)}"
             return [_refusal(request, OptionReply.ERR_UNKNOWN, words)]
+        if denial := self._denial(export):
+            return [_refusal(request, *denial)]
         information = [ExportInfo(export.size, self._flags(export)).pack()]
         if InfoType.NAME in asked.requests:
             information.append(NameInfo(export.name).pack())
@@ -236,6 +285,9 @@ class Negotiation:
         if export is None:
             words = f"there is no export {_short(asked.name)}"
             return [_refusal(request, OptionReply.ERR_UNKNOWN, words)]
+        if denial := self._denial(export):
+            # ERR_TLS_REQD is for INFO and GO only ("SELECTIVETLS mode").
+            return [_refusal(request, OptionReply.ERR_POLICY, denial[1])]
         for query in asked.queries:
             if ":" not in query:
                 words = f"the query {_short(query)} names no namespace"
@@ -258,6 +310,23 @@ class Negotiation:
             for number, name in found.items()
         ]
         return [*replies, Reply(request.option, OptionReply.ACK)]
+
+    # Who may do what.
+
+    def _is_admitted(self) -> bool:
+        return not self._has_tls or self._security is None or self._security.admits(self._peer)
+
+    def _stranger(self) -> str:
+        return f"{_short(self._peer or 'a client without a certificate')} may not use this server"
+
+    def _denial(self, export: Export) -> tuple[OptionReply, str] | None:
+        """Say why the client may not use an export, or None if it may."""
+        if export.is_secured and not self._has_tls:
+            return OptionReply.ERR_TLS_REQD, f"the export {_short(export.name)} is for TLS only"
+        if export.clients and self._peer not in export.clients:
+            who = _short(self._peer or "a client without a certificate")
+            return OptionReply.ERR_POLICY, f"{who} may not use the export {_short(export.name)}"
+        return None
 
     def _selected(self, export: Export) -> dict[int, str]:
         """Give the contexts that hold for an export: those selected for another do not."""
@@ -284,28 +353,63 @@ def _short(name: str) -> str:
 
 
 def negotiate(
-    sock: socket.socket,
+    session: Session,
     catalogue: Catalogue,
     deadline: Deadline,
     is_closing: Callable[[], bool] = lambda: False,
+    security: ServerSecurity | None = None,
 ) -> NegotiatedSession | None:
-    """Do the handshake over `sock`; None if the client left without choosing an export.
+    """Do the handshake with a client; None if it left without choosing an export.
 
-    The socket is left blocking, without a timeout. For `is_closing` see `Negotiation`.
+    The session's socket, which may be one with TLS now, is left blocking, without a timeout.
+    For `is_closing` and `security` see `Negotiation`.
 
     Raises:
         TransportError: the deadline passed, or the connection broke.
         RemoteProtocolError: the client broke the protocol.
+        TLSError: the client and we do not come to terms.
     """
-    negotiation = Negotiation(catalogue, is_closing)
-    stream.send(sock, negotiation.greeting(), deadline)
-    while (session := negotiation.session()) is None:
-        data = stream.receive(sock, deadline)
+    negotiation = Negotiation(catalogue, is_closing, security)
+    stream.send(session.sock, negotiation.greeting(), deadline)
+    while (negotiated := negotiation.session()) is None:
+        data = stream.receive(session.sock, deadline)
         if not data:
             return None
         for answer in negotiation.answers(data):
-            stream.send(sock, answer, deadline)
+            stream.send(session.sock, answer, deadline)
         if negotiation.ended:
             return None
-    sock.settimeout(None)
-    return session
+        if negotiation.wants_tls:
+            assert security is not None
+            _begin_tls(session, negotiation, security, deadline)
+    session.sock.settimeout(None)
+    _hand_over(session)
+    return negotiated
+
+
+def _begin_tls(
+    session: Session, negotiation: Negotiation, security: ServerSecurity, deadline: Deadline
+) -> None:
+    sock = session.sock
+    assert isinstance(sock, socket.socket)
+    secured = security.stream(sock)
+    session.adopt(secured)
+    agreed = secured.handshake(deadline)
+    negotiation.tls_started(agreed.peer)
+    _log.info(
+        "%s: %s with %s, %s", session.peer, agreed.version, agreed.cipher, agreed.peer or "no name"
+    )
+
+
+def _hand_over(session: Session) -> None:
+    """Let the kernel go on with TLS if it can."""
+    sock = session.sock
+    if isinstance(sock, socket.socket):
+        return
+    from nbdlink.transport import ktls  # for TLS only: a plain server never loads OpenSSL
+
+    if why := ktls.obstacle(sock):
+        _log.debug("%s: TLS stays in this process: %s", session.peer, why)
+        sock.release()
+    else:
+        session.adopt(ktls.hand_over(sock))

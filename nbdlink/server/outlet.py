@@ -8,12 +8,12 @@ connection's thread takes it only while workers have something to do, which it s
 from __future__ import annotations
 
 import errno
-import socket
 import threading
 from collections.abc import Sequence
 from typing import Final
 
 from nbdlink.server.workers import Workers
+from nbdlink.transport.stream import Wire
 
 _GATHER: Final = 1000
 """Buffers that one system call takes; the kernel's limit is 1024."""
@@ -24,7 +24,7 @@ Part = bytes | memoryview
 class Outlet:
     """Sends replies. All methods block until the socket has taken everything."""
 
-    def __init__(self, sock: socket.socket, workers: Workers) -> None:
+    def __init__(self, sock: Wire, workers: Workers) -> None:
         """Send to `sock`."""
         self._sock = sock
         self._workers = workers

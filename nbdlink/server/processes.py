@@ -30,7 +30,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from nbdlink.errors import NBDError, RemoteProtocolError, StorageError
+from nbdlink.errors import (
+    NBDError,
+    RemoteProtocolError,
+    StorageError,
+    TLSError,
+    TransportError,
+)
 from nbdlink.protocol.constants import HeaderStyle
 from nbdlink.server.engine import Transmission
 from nbdlink.server.export import Catalogue
@@ -108,7 +114,7 @@ class Processes:
             RemoteProtocolError, StorageError, OSError: as `Transmission.run`.
             NBDError: the process has died.
         """
-        child = self._choose(negotiated)
+        child = self._choose(session, negotiated)
         try:
             if child is None:
                 return Transmission(session, negotiated).run()
@@ -120,13 +126,14 @@ class Processes:
                 else:
                     child.sessions.pop(session.number, None)
 
-    def _choose(self, negotiated: NegotiatedSession) -> _Child | None:
+    def _choose(self, session: Session, negotiated: NegotiatedSession) -> _Child | None:
         """Give the process with the fewest connections, or None for this one."""
         with self._lock:
             children = [child for child in self._children if child.alive]
             best = min(children, key=lambda child: len(child.sessions), default=None)
             if (
                 best is None
+                or not isinstance(session.sock, socket.socket)  # TLS lives in this process
                 or not negotiated.export.storage.may_fork
                 or self._here <= len(best.sessions)
             ):
@@ -144,6 +151,7 @@ class Processes:
             negotiated.trailing,
             int(negotiated.style),
             dict(negotiated.contexts),
+            session.is_bare,
         )
         try:
             message = pickle.dumps(("serve", *task))
@@ -248,9 +256,16 @@ class _Server:
                 session.end()
 
     def _begin(
-        self, number: int, fd: int, name: str, trailing: bytes, style: int, contexts: dict[int, str]
+        self,
+        number: int,
+        fd: int,
+        name: str,
+        trailing: bytes,
+        style: int,
+        contexts: dict[int, str],
+        is_bare: bool,
     ) -> None:
-        session = Session(number, socket.socket(fileno=fd))
+        session = Session(number, _socket(fd, is_bare))
         session.export = name
         session.phase = Phase.TRANSMISSION
         export = self._catalogue.find(name)
@@ -280,6 +295,14 @@ class _Server:
             self._control.send(pickle.dumps(message))
 
 
+def _socket(fd: int, is_bare: bool) -> socket.socket:
+    if is_bare:
+        return socket.socket(fileno=fd)
+    from nbdlink.transport.ktls import KernelTLSSocket  # for TLS only
+
+    return KernelTLSSocket(fileno=fd)
+
+
 def _fold(run: Callable[[], str]) -> tuple[Any, ...]:
     """Call `run`, and put what comes of it into words that can be sent."""
     try:
@@ -288,6 +311,10 @@ def _fold(run: Callable[[], str]) -> tuple[Any, ...]:
         return "protocol", str(error)
     except StorageError as error:
         return "storage", str(error)
+    except TransportError as error:
+        return "cut", str(error)
+    except TLSError as error:
+        return "tls", str(error)
     except OSError as error:
         return "lost", error.errno, error.strerror
     except Exception as error:
@@ -303,6 +330,10 @@ def _unfold(kind: str, rest: Sequence[Any]) -> str:
             raise RemoteProtocolError(rest[0])
         case "storage":
             raise StorageError(rest[0])
+        case "cut":
+            raise TransportError(rest[0])
+        case "tls":
+            raise TLSError(rest[0])
         case "lost":
             raise OSError(*rest)
         case "died":

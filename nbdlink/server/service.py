@@ -31,10 +31,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
-from nbdlink.errors import NBDError, RemoteProtocolError, TransportError
+from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
 from nbdlink.server import negotiate
 from nbdlink.server.export import Catalogue, Export
 from nbdlink.server.processes import Processes
+from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Phase, Session, Sessions, most_connections
 from nbdlink.storage.base import Storage
 from nbdlink.storage.raw import RawStorage
@@ -84,6 +85,7 @@ class Service:
         on_stopping: Callable[[], None] = lambda: None,
         processes: int = 0,
         on_fork: Callable[[], None] = lambda: None,
+        security: ServerSecurity | None = None,
     ) -> None:
         """Prepare a service; nothing is accepted before it starts.
 
@@ -102,12 +104,14 @@ class Service:
             processes: how many further processes may serve connections. They are forked when
                 the service starts, which must be done before there are threads.
             on_fork: called in each of them first.
+            security: whether there is TLS, and for whom; None for none.
         """
         self.catalogue = catalogue
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
         self.addresses = [_address(sock) for sock in listeners]
         self._processes = Processes(processes, catalogue)
         self._on_fork = on_fork
+        self._security = security
         self._listeners = list(listeners)
         self._inherited = inherited
         self._paths = [] if inherited else [_socket_file(sock) for sock in listeners]
@@ -180,12 +184,15 @@ class Service:
         """
         signals: list[int] = []
 
+        hangups: list[int] = []
+
         def caught(number: int, _: FrameType | None) -> None:
             # A handler may run while its own thread holds any lock, so it takes none.
-            signals.append(number)
+            (hangups if number == signal.SIGHUP else signals).append(number)
             os.write(self._finished, b"\0")
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        # Without TLS there is nothing to load anew, and a closed terminal ends the server.
+        numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if self._security else [])]
         finished, self._finished = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(finished, True)
         # The interpreter rings as well: it runs handlers in this thread only, and a signal that
@@ -203,6 +210,9 @@ class Service:
             # One read may be rung for by several at once: look at everything each time.
             while not self._done:
                 os.read(finished, 4096)
+                if hangups:
+                    hangups.clear()
+                    self._reload()
                 if len(signals) > 1:
                     _log.warning("told to stop twice: breaking off")
                     self.abort()
@@ -221,14 +231,25 @@ class Service:
                 os.close(finished)
                 os.close(self._finished)
 
+    def _reload(self) -> None:
+        """Load the credentials anew for those who come from now on; keep them if that fails."""
+        assert self._security is not None
+        try:
+            self._security.reload()
+        except NBDError as error:
+            _log.error("the credentials stay as they are: %s", error)
+        else:
+            _log.warning("the credentials have been loaded anew")
+
     def uri(self, export: str = "") -> str:
         """Give the URI of an export at the first address, for a client on this machine."""
         address = self.addresses[0]
+        tls = self._security is not None and self._security.mode == "require"
         if isinstance(address, str):
-            return str(Target(socket=address, export=export))
+            return str(Target(socket=address, export=export, tls=tls))
         host, port = address
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return str(Target(host=host, port=port, export=export))
+        return str(Target(host=host, port=port, export=export, tls=tls))
 
     def _wake_up(self) -> None:
         # Under a lock, so that it never rings a descriptor that belongs to somebody else by now.
@@ -351,7 +372,10 @@ class Service:
             if session.phase is Phase.TRANSMISSION:
                 session.take_leave()  # there may be an answer under way that tells why
         except TransportError as error:
-            _log.info("%s: lost in the handshake: %s", session.peer, error)
+            where = "" if session.phase is Phase.TRANSMISSION else " in the handshake"
+            _log.info("%s: lost%s: %s", session.peer, where, error)
+        except TLSError as error:
+            _log.warning("%s: hung up: %s", session.peer, error)
         except NBDError as error:
             _log.error("%s: hung up: %s", session.peer, error)
         except OSError as error:
@@ -372,10 +396,15 @@ class Service:
             session.sock.close()
 
     def _converse(self, session: Session) -> None:
+        assert isinstance(session.sock, socket.socket)
         stream.tune(session.sock)
         deadline = Deadline(self._negotiation_timeout)
         negotiated = negotiate.negotiate(
-            session.sock, self.catalogue, deadline, is_closing=lambda: self._stopping
+            session,
+            self.catalogue,
+            deadline,
+            is_closing=lambda: self._stopping,
+            security=self._security,
         )
         if negotiated is None:
             _log.debug("%s: left without choosing an export", session.peer)

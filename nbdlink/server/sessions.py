@@ -6,6 +6,7 @@ import contextlib
 import enum
 import fcntl
 import resource
+import select
 import socket
 import struct
 import termios
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from nbdlink.errors import NBDError
+from nbdlink.transport.stream import Wire
 
 _SPARE: Final = 32
 """Descriptors that are kept for anything but clients."""
@@ -64,7 +68,7 @@ class Session:
     Attributes:
         progress: requests, bytes read and bytes written by the engine's loop, which alone sets
             them, all at once. What is done elsewhere is told by `count`.
-        sock: the connection.
+        sock: the connection; with TLS, what is put on the socket.
         phase: how far the client has come.
         idle: whether nothing would be lost if the client were not heard any more.
         ending: whether it shall not be heard any more once it is idle.
@@ -75,7 +79,7 @@ class Session:
     def __init__(self, number: int, sock: socket.socket) -> None:
         """Begin a session on an accepted socket."""
         self.number = number
-        self.sock = sock
+        self.sock: Wire = sock
         self.peer = describe_peer(sock)
         self.export: str | None = None
         self.phase = Phase.HANDSHAKE
@@ -87,6 +91,7 @@ class Session:
         self.ending = False
         self.elsewhere: Callable[[], None] | None = None
         self.is_deaf = False
+        self._was_cut = False
         self.thread: threading.Thread | None = None
 
     def count(self, *, errors: int = 0, bytes_read: int = 0, bytes_written: int = 0) -> None:
@@ -109,10 +114,26 @@ class Session:
         elif self.idle and not self.arrived():
             self.hear_no_more()
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the connection is a socket without TLS."""
+        return type(self.sock) is socket.socket
+
+    def adopt(self, sock: Wire) -> None:
+        """Go on with `sock`, which has taken over the connection."""
+        self.sock = sock
+        if self._was_cut:  # just now, when it was somebody else's
+            self.cut()
+
     def arrived(self) -> int:
-        """Give how many bytes of the client wait to be received."""
+        """Give how many bytes of the client wait to be received, at most.
+
+        With TLS they are more than what they will be decrypted.
+        """
         answer = fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4))
         count: int = struct.unpack("i", answer)[0]
+        if not count and not self.is_bare and _is_readable(self.sock):
+            return 1  # what has been decrypted, and does not wait in the socket any more
         return count
 
     def hear_no_more(self) -> None:
@@ -122,6 +143,7 @@ class Session:
 
     def cut(self) -> None:
         """Break the connection, whatever it is doing."""
+        self._was_cut = True
         self._shutdown(socket.SHUT_RDWR)
 
     def take_leave(self) -> None:
@@ -135,7 +157,7 @@ class Session:
         self._shutdown(socket.SHUT_WR)
         end = time.monotonic() + _FAREWELL
         is_sending = False
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, NBDError):
             self.sock.settimeout(_GLANCE)
             while time.monotonic() < end:
                 try:
@@ -295,6 +317,15 @@ class Sessions:
         """Have `wait_until_empty` look at its `unless` again."""
         with self._changed:
             self._changed.notify_all()
+
+
+def _is_readable(sock: Wire) -> bool:
+    """Tell whether something can be received without waiting."""
+    if not isinstance(sock, socket.socket) and sock.has_pending():
+        return True
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def describe_peer(sock: socket.socket) -> str:

@@ -1,0 +1,100 @@
+"""The server's TLS: whether it is offered or demanded, and whom it lets in.
+
+The specification's three modes ("Server-side requirements"): "off" is NOTLS, "require" is
+FORCEDTLS, and "allow" is SELECTIVETLS, where single exports may be for TLS only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Final, Literal
+
+from nbdlink.errors import ConfigError
+from nbdlink.transport.tlsfiles import CredentialFiles
+
+if TYPE_CHECKING:
+    import socket
+
+    from nbdlink.transport.tls import TLSStream
+    from nbdlink.transport.tlscontext import TLSContext
+
+Mode = Literal["off", "allow", "require"]
+MODES: Final = ("off", "allow", "require")
+
+
+class ServerSecurity:
+    """What the server's connections need of TLS.
+
+    Attributes:
+        mode: "off", "allow" or "require".
+        allowed: who may use the server: subjects of certificates, or users of pre-shared keys;
+            empty for everybody who has come so far.
+        knows_peers: whether clients have to prove who they are.
+    """
+
+    def __init__(
+        self,
+        mode: Mode,
+        files: CredentialFiles,
+        *,
+        verify_peer: bool = False,
+        allowed: Collection[str] = (),
+    ) -> None:
+        """Load the credentials, unless TLS is off.
+
+        Args:
+            mode: whether TLS is offered or demanded.
+            files: credentials.
+            verify_peer: whether clients must show a certificate that is trusted. Without that
+                nobody would know who they are, so who is `allowed` cannot be told.
+            allowed: who may use the server.
+
+        Raises:
+            ConfigError: what was said makes no sense together.
+            TLSError: the credentials are of no use.
+        """
+        self.mode: Mode = mode
+        self.allowed = frozenset(allowed)
+        self._files = files
+        self._verify_peer = verify_peer
+        self._context: TLSContext | None = None
+        self.knows_peers = False
+        if mode != "off":
+            self.reload()
+
+    def reload(self) -> None:
+        """Load the credentials anew, for clients that come from now on.
+
+        Raises:
+            ConfigError, TLSError: they cannot be used; those of before stay.
+        """
+        from nbdlink.transport.credentials import PSKCredentials, load_server
+        from nbdlink.transport.tlscontext import TLSContext
+
+        credentials = load_server(self._files)
+        self.knows_peers = self._verify_peer or isinstance(credentials, PSKCredentials)
+        if self.allowed and not self.knows_peers:
+            raise ConfigError(
+                "--tls-authz takes clients that have to show a certificate",
+                hint="add --tls-verify-peer",
+            )
+        if (
+            self._verify_peer
+            and not isinstance(credentials, PSKCredentials)
+            and credentials.authorities is None
+        ):
+            # The system's authorities would let in whoever has any certificate at all.
+            raise ConfigError(
+                "--tls-verify-peer takes the authority that signed the clients' certificates",
+                hint="put ca-cert.pem into the directory, or say --tls-ca FILE",
+            )
+        self._context = TLSContext(credentials, server=True, verify_peer=self._verify_peer)
+
+    def stream(self, sock: socket.socket) -> TLSStream:
+        """Put TLS on a client's socket; `TLSStream.handshake` is next."""
+        assert self._context is not None
+        return self._context.stream(sock)
+
+    def admits(self, peer: str | None) -> bool:
+        """Tell whether a client may use the server at all."""
+        return not self.allowed or peer in self.allowed
