@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import socket
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from nbdlink import kernel
 from nbdlink.client.export import NegotiatedExport
 from nbdlink.client.negotiate import DEFAULT_TIMEOUT, negotiate
+from nbdlink.client.security import NO_OPTIONS, Security, TLSOptions
 from nbdlink.errors import (
     ConfigError,
     DeviceBusyError,
@@ -23,8 +23,10 @@ from nbdlink.errors import (
     NBDError,
     RemoteProtocolError,
 )
-from nbdlink.link import record
+from nbdlink.link import channel, record
+from nbdlink.link.channel import TLSRoad
 from nbdlink.protocol.constants import TransmissionFlag
+from nbdlink.transport.stream import Wire
 from nbdlink.uri import Target
 
 Road = Literal["auto", "netlink", "ioctl"]
@@ -53,6 +55,8 @@ class LinkSpec:
         road: netlink, ioctl, or whichever there is.
         negotiation_timeout: seconds for connecting and negotiating each connection.
         wait: seconds to wait for the partitions, or None not to wait at all.
+        tls: what is demanded of TLS, beside what the target says.
+        tls_road: who does it: "kernel", "relay", or "auto" for the kernel if it can.
     """
 
     target: Target
@@ -66,6 +70,8 @@ class LinkSpec:
     road: Road = "auto"
     negotiation_timeout: float = DEFAULT_TIMEOUT
     wait: float | None = 30.0
+    tls: TLSOptions = NO_OPTIONS
+    tls_road: TLSRoad = "auto"
 
 
 def attach(
@@ -80,6 +86,8 @@ def attach(
     dead_timeout: int = 0,
     road: Road = "auto",
     wait: float | None = 30.0,
+    tls: TLSOptions = NO_OPTIONS,
+    tls_road: TLSRoad = "auto",
 ) -> kernel.Device:
     """Bind an export to a block device; see `LinkSpec` for the arguments.
 
@@ -89,13 +97,14 @@ def attach(
     Raises:
         ConfigError: the arguments contradict each other or what the server offers.
         TransportError, RemoteProtocolError, OptionError: no such export to be had.
+        TLSError: TLS is demanded, and there is none, or the two do not come to terms.
         KernelError: the kernel refuses, or the device did not appear in time.
     """
     place = Target.parse(target) if isinstance(target, str) else target
     spec = LinkSpec(
         place, device, name, connections, read_only, block_size, timeout, dead_timeout, road
     )
-    return attach_spec(replace(spec, wait=wait))
+    return attach_spec(replace(spec, wait=wait, tls=tls, tls_road=tls_road))
 
 
 def attach_spec(spec: LinkSpec) -> kernel.Device:
@@ -108,11 +117,14 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
             stack.enter_context(record.locked())
             if existing := _same_link(spec, index):
                 return existing
-        sockets, export = _negotiate_all(spec, stack)
-        binding = _binding(spec, index, [s.fileno() for s in sockets], export)
+        wires, export = _negotiate_all(spec, stack)
+        _binding(spec, index, [wire.fileno() for wire in wires], export)  # before a relay starts
+        name = spec.name or (f"nbd{index}" if index is not None else spec.target.address)
+        channels = channel.prepare(wires, spec.tls_road, name, stack)
+        binding = _binding(spec, index, [sock.fileno() for sock in channels.sockets], export)
         device = kernel.attach(binding, road=spec.road, wait=spec.wait)
         try:
-            record.write(_record(spec, binding, device))
+            record.write(_record(spec, binding, device, channels))
         except NBDError as error:
             # The device is there and works; only its name and its target will not be known.
             _warn(str(error))
@@ -129,7 +141,9 @@ def _warn(message: str) -> None:
     logging.getLogger("nbdlink.link").warning("%s", message)
 
 
-def _record(spec: LinkSpec, binding: kernel.Binding, device: kernel.Device) -> record.Record:
+def _record(
+    spec: LinkSpec, binding: kernel.Binding, device: kernel.Device, channels: channel.Channels
+) -> record.Record:
     # From what is known already: to ask the kernel again would cost more in imports than in
     # system calls.
     netlink = device.road == "netlink"
@@ -145,6 +159,8 @@ def _record(spec: LinkSpec, binding: kernel.Binding, device: kernel.Device) -> r
         road=device.road,
         identifier=binding.identifier or "" if netlink else "",
         pid=device.pid,
+        channels=[asdict(known) for known in channels.known],
+        relay=channels.relay,
     )
 
 
@@ -211,13 +227,15 @@ def attached_records() -> list[tuple[record.Record, kernel.DeviceStatus]]:
 
 def _negotiate_all(
     spec: LinkSpec, stack: contextlib.ExitStack
-) -> tuple[list[socket.socket], NegotiatedExport]:
+) -> tuple[list[Wire], NegotiatedExport]:
     """Negotiate every connection; the server must say the same on each."""
-    sockets: list[socket.socket] = []
+    security = Security(spec.target, spec.tls)
+    wires: list[Wire] = []
     first: NegotiatedExport | None = None
     for number in range(spec.connections):
-        sock, export = negotiate(spec.target, timeout=spec.negotiation_timeout)
-        sockets.append(stack.enter_context(sock))
+        wire, export = negotiate(spec.target, timeout=spec.negotiation_timeout, security=security)
+        stack.callback(wire.close)
+        wires.append(wire)
         if first is None:
             first = export
             if spec.connections > 1 and not export.flags & TransmissionFlag.CAN_MULTI_CONN:
@@ -232,7 +250,7 @@ def _negotiate_all(
                 f"flags {int(export.flags):#x}, the first {first.size} and {int(first.flags):#x}"
             )
     assert first is not None
-    return sockets, first
+    return wires, first
 
 
 def _binding(

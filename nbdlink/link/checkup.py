@@ -53,6 +53,7 @@ def examine() -> Iterator[Finding]:
         yield from _devices()
     yield _udev()
     yield _records()
+    yield _kernel_tls()
 
 
 def _kernel_module(loaded: bool) -> Finding:
@@ -182,3 +183,20 @@ def _records() -> Finding:
         return Finding("records", "ok", f"{where} can be written")
     status: Status = "warning"
     return Finding("records", status, f"{where} cannot be written", "run it as root")
+
+
+def _kernel_tls() -> Finding:
+    from nbdlink.transport import ktls
+
+    ciphers = {cipher: ktls.missing(cipher) for cipher in ktls.CIPHERS}
+    if not any(ciphers.values()):
+        return Finding("TLS in the kernel", "ok", "with all ciphers of TLS 1.3 that it can have")
+    if why := ciphers[ktls.USUAL]:
+        return Finding(
+            "TLS in the kernel",
+            "warning",
+            why,
+            "modprobe tls, if the kernel has that module; without it a relay process does TLS",
+        )
+    lacking = ", ".join(cipher for cipher, why in ciphers.items() if why)
+    return Finding("TLS in the kernel", "ok", f"without {lacking}, for which there is the relay")

@@ -37,6 +37,8 @@ class Record:
         identifier: the backend identifier that the kernel shows; empty on the ioctl road.
         pid: the process that the kernel shows for the device.
         attached_at: seconds since the epoch.
+        channels: what is known of each connection (`Channel`), as far as it was recorded.
+        relay: number of the process that does TLS for some of them, or None.
     """
 
     index: int
@@ -51,6 +53,8 @@ class Record:
     identifier: str
     pid: int | None
     attached_at: float = field(default_factory=time.time)
+    channels: list[dict[str, str | None]] = field(default_factory=list)
+    relay: int | None = None
 
     def describes(self, backend: str | None, pid: int | None) -> bool:
         """Tell whether the device is still the one that was recorded."""
