@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from nbdlink.cli.tls import add_client_arguments, client_options
 from nbdlink.errors import ConfigError, NBDError
 from nbdlink.sizes import parse_size
 
@@ -37,6 +38,7 @@ def _add_attach(parser: argparse.ArgumentParser) -> None:
     add("--ioctl", action="store_true", help="use the ioctl interface, never netlink")
     add("--no-wait", action="store_true", help="do not wait for the partitions")
     add("--json", action="store_true", help="print the device as JSON")
+    add_client_arguments(parser, road=True)
     parser.set_defaults(run=run_attach)
 
 
@@ -75,6 +77,8 @@ def run_attach(arguments: argparse.Namespace) -> int:
             dead_timeout=arguments.dead_timeout,
             road="ioctl" if arguments.ioctl else "auto",
             wait=None if arguments.no_wait else 30.0,
+            tls=client_options(arguments),
+            tls_road=arguments.tls_road,
         )
     )
     if device.reason:

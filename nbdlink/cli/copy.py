@@ -7,6 +7,7 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
+from nbdlink.cli.tls import add_client_arguments, client_options
 from nbdlink.errors import ConfigError
 from nbdlink.sizes import format_size, parse_size
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         help="show a bar (if stderr is a terminal)",
     )
     add("--json", action="store_true", help="print what was done as JSON")
+    add_client_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         ),
         flush=not arguments.no_flush,
         verify=arguments.verify,
+        tls=client_options(arguments),
     )
     visible = sys.stderr is not None and sys.stderr.isatty()
     if arguments.progress is not None:

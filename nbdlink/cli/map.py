@@ -11,12 +11,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nbdlink.cli.tls import add_client_arguments, client_options
 from nbdlink.errors import ConfigError
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, AllocationFlag
 from nbdlink.sizes import format_size, parse_seconds
 
 if TYPE_CHECKING:
     from nbdlink.client.connection import Connection
+    from nbdlink.client.security import Security
     from nbdlink.protocol.chunks import Extent
     from nbdlink.uri import Target
 
@@ -62,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         default=15.0,
         help="seconds for the negotiation (15)",
     )
+    add_client_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,12 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the map of an export."""
     from nbdlink.cli import output
     from nbdlink.client.connection import connect
+    from nbdlink.client.security import Security
     from nbdlink.uri import Target
 
     target, context = Target.parse(arguments.target), arguments.context
-    with connect(target, timeout=arguments.timeout, contexts=(context,)) as nbd:
+    security = Security(target, client_options(arguments))
+    with connect(target, timeout=arguments.timeout, contexts=(context,), security=security) as nbd:
         if context not in nbd.contexts:
-            _cannot_tell(target, context, arguments.timeout)
+            _cannot_tell(target, context, arguments.timeout, security)
         size = nbd.size
         if arguments.json and not arguments.totals:
             output.print_json([_sheet(row, context) for row in _rows(nbd, context)])
@@ -102,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _cannot_tell(target: Target, context: str, timeout: float) -> None:
+def _cannot_tell(target: Target, context: str, timeout: float, security: Security) -> None:
     """Say that the server cannot tell what is allocated; any other context is an error."""
     if context == ALLOCATION_CONTEXT:
         print(
@@ -112,7 +117,7 @@ def _cannot_tell(target: Target, context: str, timeout: float) -> None:
         return
     from nbdlink.client.negotiate import Negotiation
 
-    with Negotiation.best(target, timeout=timeout) as negotiation:
+    with Negotiation.best(target, timeout=timeout, security=security) as negotiation:
         has = negotiation.list_meta_contexts()
     raise ConfigError(
         f"{target.address}: the export has no metadata context {context!r}",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbdlink.cli.tls import add_server_arguments, server_security
 from nbdlink.errors import ConfigError
 from nbdlink.sizes import format_size, parse_seconds, parse_size
 from nbdlink.uri import DEFAULT_PORT
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     )
     add("--fork", action="store_true", help="go to the background once clients can come")
     add("--pid-file", metavar="PATH", help="a file for the process's number, while it serves")
+    add_server_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -87,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     background = fork_to_background() if arguments.fork else None
     pid_file = None if arguments.pid_file is None else PidFile(arguments.pid_file)
+    security = server_security(arguments)
     catalogue = _catalogue(arguments)
     with contextlib.ExitStack() as undo:
         for storage in catalogue.storages:
@@ -109,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         on_stopping=lambda: notify("STOPPING=1"),
         processes=_processes(arguments.processes),
         on_fork=detach if background is not None else lambda: None,
+        security=security,
     )
 
     def ready() -> None:
@@ -169,6 +173,7 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
             "--export-name and --description are for a single storage",
             hint="name several as NAME=STORAGE",
         )
+    clients = _clients(arguments)
     with contextlib.ExitStack() as undo:
         exports = []
         for word in arguments.storage:
@@ -185,11 +190,28 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
                     read_only=arguments.read_only,
                     # A second connection of the one client that is let in would wait for ever.
                     multi_conn=arguments.shared != 1,
+                    clients=frozenset(clients.get(name, []) + clients.get(None, [])),
                 )
             )
         catalogue = Catalogue(exports)
         undo.pop_all()
         return catalogue
+
+
+def _clients(arguments: argparse.Namespace) -> dict[str | None, list[str]]:
+    """Tell who may use which export; those under None may use all."""
+    names = {_split(word, len(arguments.storage) > 1)[0] for word in arguments.storage}
+    if arguments.export_name is not None:
+        names = {arguments.export_name}
+    clients: dict[str | None, list[str]] = {}
+    for word in arguments.client:
+        # A distinguished name has "=" in it as well: CN=web1.
+        name, equals, rest = word.partition("=")
+        if equals and name in names and len(names) > 1:
+            clients.setdefault(name, []).append(rest)
+        else:
+            clients.setdefault(None, []).append(word)
+    return clients
 
 
 def _split(word: str, several: bool) -> tuple[str, str]:

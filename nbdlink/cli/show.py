@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from nbdlink.cli.tls import add_client_arguments, client_options
 from nbdlink.errors import KernelError, OptionError
 from nbdlink.sizes import format_size, parse_seconds
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nbdlink import kernel
     from nbdlink.client.export import NegotiatedExport
     from nbdlink.client.negotiate import Negotiation
+    from nbdlink.client.security import Security
     from nbdlink.link.record import Record
     from nbdlink.protocol.messages import ExportListing
     from nbdlink.uri import Target
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         default=15.0,
         help="seconds for the negotiation (15)",
     )
+    add_client_arguments(parser)
     parser.set_defaults(run=run_exports if verb == "exports" else run_info)
 
 
@@ -65,7 +68,7 @@ def run_list(arguments: argparse.Namespace) -> int:
     elif not sheets:
         print("nothing is attached", file=sys.stderr)
     else:
-        columns = ("device", "name", "size", "state", "target", "connections", "mounted on")
+        columns = ("device", "name", "size", "state", "target", "connections", "TLS", "mounted on")
         output.print_table(columns, [_device_row(sheet) for sheet in sheets])
     return 0
 
@@ -79,6 +82,7 @@ def _device_row(sheet: dict[str, Any]) -> list[object]:
         sheet["state"],
         sheet["target"] or sheet["backend"],
         _live_of_total(sheet["connections"]),
+        sheet["tls"],
         ", ".join(mounts) or None,
     ]
 
@@ -120,7 +124,9 @@ def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str,
         "timeout": known.timeout if known else None,
         "dead_timeout": known.dead_timeout if known else None,
         "road": state.road,
-        "tls": "none" if known else None,
+        "tls": _tls_road(known) if known else None,
+        "channels": known.channels if known else [],
+        "relay": known.relay if known else None,
         "backend": state.backend,
         "pid": state.pid,
         "mounts": list(state.mounts),
@@ -131,6 +137,20 @@ def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str,
     }
 
 
+def _tls_road(known: Record) -> str:
+    """Tell who does TLS, for all the connections of a device."""
+    roads = {str(channel.get("tls")) for channel in known.channels} or {"none"}
+    return roads.pop() if len(roads) == 1 else "mixed"
+
+
+def _channel_line(channel: dict[str, str | None]) -> str:
+    if channel.get("tls") == "none":
+        return "without TLS"
+    road = "TLS in the kernel" if channel.get("tls") == "kernel" else "TLS through the relay"
+    why = f" ({channel['reason']})" if channel.get("reason") else ""
+    return f"{road}{why}, {channel.get('version')}, {channel.get('cipher')}"
+
+
 # Exports.
 
 
@@ -138,11 +158,13 @@ def run_exports(arguments: argparse.Namespace) -> int:
     """Print what a server offers."""
     from nbdlink.cli import output
     from nbdlink.client.negotiate import Negotiation
+    from nbdlink.client.security import Security
     from nbdlink.protocol.constants import HeaderStyle, TransmissionFlag
     from nbdlink.uri import Target
 
     target = Target.parse(arguments.target)
-    with Negotiation.best(target, timeout=arguments.timeout) as negotiation:
+    security = Security(target, client_options(arguments))
+    with Negotiation.best(target, timeout=arguments.timeout, security=security) as negotiation:
         listings = negotiation.list_exports()
         has_contexts = negotiation.style > HeaderStyle.SIMPLE
         found: list[tuple[ExportListing, NegotiatedExport | None]] = []
@@ -198,18 +220,26 @@ def run_info(arguments: argparse.Namespace) -> int:
             sheet["size"] = f"{sheet['size']} ({format_size(sheet['size'])})"
             sheet["partitions"] = [_partition_line(part) for part in sheet["partitions"]]
             sheet["connections"] = _live_of_total(sheet["connections"])
+            sheet["channels"] = [_channel_line(each) for each in sheet["channels"]]
             output.print_sheet(sheet.pop("device"), sheet)
         return 0
+    from nbdlink.client.security import Security
     from nbdlink.uri import Target
 
-    server = _ask_about(Target.parse(arguments.target), arguments.timeout)
+    target = Target.parse(arguments.target)
+    security = Security(target, client_options(arguments))
+    server = _ask_about(target, arguments.timeout, security)
     if arguments.json:
         output.print_json(server)
         return 0
     packets = "extended" if server["extended"] else "simple"
     if server["structured"] and not server["extended"]:
         packets = "structured"
-    print(f"protocol: {server['protocol']} without TLS, using {packets} packets")
+    tls = "with" if server["TLS"] else "without"
+    print(f"protocol: {server['protocol']} {tls} TLS, using {packets} packets")
+    if server["TLS"]:
+        peer = output.printable(server["TLS-peer"] or "a server that did not say who it is")
+        print(f"TLS: {server['TLS-version']}, {server['TLS-cipher']}, {peer}")
     for export in server["exports"]:
         export["export-size"] = f"{export['export-size']} ({export.pop('export-size-str')})"
         output.print_sheet(f'export="{export.pop("export-name")}"', export)
@@ -232,11 +262,11 @@ def _device_index(what: str) -> int | None:
         return None
 
 
-def _ask_about(target: Target, timeout: float) -> dict[str, Any]:
+def _ask_about(target: Target, timeout: float, security: Security) -> dict[str, Any]:
     from nbdlink.client.negotiate import Negotiation
     from nbdlink.protocol.constants import HeaderStyle, OptionReply
 
-    with Negotiation.best(target, timeout=timeout) as negotiation:
+    with Negotiation.best(target, timeout=timeout, security=security) as negotiation:
         has_contexts = negotiation.style > HeaderStyle.SIMPLE
         contexts = negotiation.list_meta_contexts() if has_contexts else []
         try:
@@ -258,16 +288,21 @@ def _believable(negotiation: Negotiation, name: str, timeout: float) -> Negotiat
     export = negotiation.info(name)
     if export.size:
         return export
-    with type(negotiation)(negotiation.target, timeout=timeout) as another:
+    again = type(negotiation)
+    with again(negotiation.target, timeout=timeout, security=negotiation.security) as another:
         return another.go(name)
 
 
 def _server_sheet(negotiation: Negotiation, exports: list[dict[str, Any]]) -> dict[str, Any]:
     from nbdlink.protocol.constants import HeaderStyle
 
+    tls = negotiation.tls
     return {
         "protocol": "newstyle-fixed" if negotiation.fixed else "newstyle",
-        "TLS": False,
+        "TLS": tls is not None,
+        "TLS-version": tls.version if tls else None,
+        "TLS-cipher": tls.cipher if tls else None,
+        "TLS-peer": tls.peer if tls else None,
         "structured": negotiation.style >= HeaderStyle.STRUCTURED,
         "extended": negotiation.style >= HeaderStyle.EXTENDED,
         "exports": exports,
