@@ -437,7 +437,24 @@ class Negotiation:
 
     def _write(self, data: bytes) -> None:
         with self._naming_the_server():
-            stream.send(self._socket, data, self._deadline)
+            try:
+                stream.send(self._socket, data, self._deadline)
+            except TransportError:
+                self._hear_why()
+                raise
+
+    def _hear_why(self) -> None:
+        """Look for an alert once nothing can be sent any more.
+
+        In TLS 1.3 a server judges our certificate when we are through with the handshake, and
+        closes the connection, perhaps before we have sent the first option.
+
+        Raises:
+            TLSError: that is why.
+        """
+        if self.tls is not None:
+            with contextlib.suppress(TransportError):
+                stream.receive(self._socket, Deadline(_GOODBYE_TIMEOUT))
 
     def _receive(self) -> Message:
         with self._naming_the_server():

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from nbdlink.errors import RemoteProtocolError
+from nbdlink.errors import RemoteProtocolError, TLSError
 from nbdlink.protocol.constants import (
     MAX_OPTION_DATA,
     MAX_OPTION_REPLIES,
@@ -394,7 +394,11 @@ def _begin_tls(
     assert isinstance(sock, socket.socket)
     secured = security.stream(sock)
     session.adopt(secured)
-    agreed = secured.handshake(deadline)
+    try:
+        agreed = secured.handshake(deadline)
+    except TLSError:
+        session.adopt(secured.detach_socket())  # with what tells why still under way
+        raise
     negotiation.tls_started(agreed.peer)
     _log.info(
         "%s: %s with %s, %s", session.peer, agreed.version, agreed.cipher, agreed.peer or "no name"

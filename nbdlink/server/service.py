@@ -376,6 +376,10 @@ class Service:
             _log.info("%s: lost%s: %s", session.peer, where, error)
         except TLSError as error:
             _log.warning("%s: hung up: %s", session.peer, error)
+            if session.is_bare:
+                # A client's first option may come already. Were it left unread, a reset would
+                # overtake the alert, and the client never learn what is wrong.
+                session.take_leave()
         except NBDError as error:
             _log.error("%s: hung up: %s", session.peer, error)
         except OSError as error:

@@ -149,8 +149,11 @@ class TLSStream:
         if judgement.host is not None and not judgement.host_matches:
             # Cannot be, as OpenSSL asks us about every certificate; and if, then not in silence.
             raise TLSError(f"the server's certificate was not compared with {judgement.host}")
-        self.session = self._describe()
-        return self.session
+        session = self._describe()
+        if judgement.has_keys and (session.certificate is not None or (is_server and not session.peer)):
+            raise TLSError(f"the {judgement.role} has not used a pre-shared key")  # cannot be
+        self.session = session
+        return session
 
     def _say_why(self, deadline: Deadline) -> None:
         """Send the alert that OpenSSL has made."""
@@ -161,16 +164,28 @@ class TLSStream:
         if self._judgement.failure:
             message, hint = self._judgement.failure
             return TLSError(message, hint=hint)
-        return explain_handshake(reasons(error), self._judgement.role)
+        words, role = reasons(error), self._judgement.role
+        if self._judgement.has_keys and (failure := self._key_error(words)):
+            return failure
+        return explain_handshake(words, role)
+
+    def _key_error(self, words: str) -> TLSError | None:
+        """Say what is wrong with a pre-shared key, if OpenSSL's words are about that."""
+        judgement = self._judgement
+        if "alert" in words:
+            for known, (message, hint) in _KEY_ALERTS.items():
+                if known in words:
+                    return TLSError(message.format(user=judgement.own_user), hint=hint)
+        elif words in _NO_KEY and judgement.unknown_user is not None:
+            return TLSError(f"the client is {ascii(judgement.unknown_user)}, who has no key here")
+        elif words in _NO_KEY:
+            return TLSError("the client offers no pre-shared key, which it has to have here")
+        return None
 
     def _describe(self) -> TLSSession:
         connection = self._connection
-        shown = connection.get_peer_certificate()
-        certificate = None
-        peer = self._judgement.user
-        if shown is not None:
-            certificate = shown.to_cryptography()
-            peer = describe(certificate)
+        certificate = connection.get_peer_certificate(as_cryptography=True)
+        peer = self._judgement.user if certificate is None else describe(certificate)
         return TLSSession(
             connection.get_protocol_version_name(),
             connection.get_cipher_name() or "?",
@@ -578,6 +593,31 @@ _HANDSHAKE: Final[dict[str, tuple[str, str | None]]] = {
     "http request": ("the {peer} speaks HTTP", None),
 }
 
+
+# The same, for a client that has a pre-shared key.
+_KEY_ALERTS: Final = {
+    "alert handshake failure": (
+        "the server has no key for {user}, or uses certificates instead",
+        "check --tls-username and the server's key file",
+    ),
+    "alert unknown psk identity": (
+        "the server has no key for {user}",
+        "check --tls-username and the server's key file",
+    ),
+    "alert decrypt error": (
+        "the server has another key for {user}",
+        "compare the key files on both sides",
+    ),
+    "alert bad record mac": (
+        "the server has another key for {user}",
+        "compare the key files on both sides",
+    ),
+}
+
+# A server without certificates fails so if it finds no key to use.
+_NO_KEY: Final = frozenset(
+    {"no suitable signature algorithm", "no shared cipher", "psk identity not found"}
+)
 
 _ALERTS: Final = {
     10: "unexpected message",

@@ -32,7 +32,7 @@ _SUITES: Final = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_PO
 _CIPHERS: Final = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!eNULL:!PSK"
 # OpenSSL takes keys from callbacks for SHA-256 only (SSL_CTX_set_psk_client_callback(3)).
 _PSK_SUITES: Final = b"TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256"
-_PSK_CIPHERS: Final = b"kECDHEPSK:kDHEPSK:PSK+AESGCM:!aNULL:!eNULL:!SHA1"
+_PSK_CIPHERS: Final = b"kECDHEPSK:kDHEPSK:PSK+AESGCM:!kRSAPSK:!aNULL:!eNULL:!SHA1"
 
 _SECRETS: Final = (b"CLIENT_TRAFFIC_SECRET_0", b"SERVER_TRAFFIC_SECRET_0")
 
@@ -49,6 +49,9 @@ class Judgement:
         secrets: the traffic secrets (RFC 8446, section 7.1) by their names in a key log.
         user: whose pre-shared key was used.
         host_matches: whether the certificate has been found to have that name.
+        has_keys: whether a pre-shared key has to be used.
+        own_user: who we are there, for a client with such a key.
+        unknown_user: whom the peer named, who has no key here.
     """
 
     host: str | None
@@ -58,6 +61,9 @@ class Judgement:
     secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
     user: str | None = None
     host_matches: bool = False
+    has_keys: bool = False
+    own_user: str | None = None
+    unknown_user: str | None = None
 
 
 class TLSContext:
@@ -86,6 +92,7 @@ class TLSContext:
         self.server = server
         self.has_keys = isinstance(credentials, PSKCredentials)
         self.verifies = not self.has_keys and (not server if verify_peer is None else verify_peer)
+        self._own_user: str | None = None
         self._kept: list[Any] = []  # callbacks, of which OpenSSL knows no more than the address
         self._revocations: tuple[x509.CertificateRevocationList, ...] = ()
         self._context = SSL.Context(SSL.TLS_SERVER_METHOD if server else SSL.TLS_CLIENT_METHOD)
@@ -108,6 +115,8 @@ class TLSContext:
             host if self.verifies else None,
             "client" if self.server else "server",
             self._revocations,
+            has_keys=self.has_keys,
+            own_user=self._own_user,
         )
         connection = SSL.Connection(self._context, None)
         connection.set_app_data(judgement)
@@ -136,12 +145,12 @@ class TLSContext:
         context.set_tls13_ciphersuites(_SUITES)
         context.set_cipher_list(_CIPHERS)
         if credentials.chain:
-            own, *others = map(crypto.X509.from_cryptography, credentials.chain)
+            own, *others = credentials.chain
             context.use_certificate(own)
             for other in others:
                 context.add_extra_chain_cert(other)
             assert credentials.key is not None
-            context.use_privatekey(crypto.PKey.from_cryptography_key(credentials.key))  # type: ignore[arg-type]
+            context.use_privatekey(credentials.key)  # type: ignore[arg-type]
         if not self.verifies:
             context.set_verify(SSL.VERIFY_NONE)
             return
@@ -153,12 +162,8 @@ class TLSContext:
         if credentials.authorities is None:
             context.set_default_verify_paths()
         else:
-            trusted = [*map(crypto.X509.from_cryptography, credentials.authorities)]
-            for authority in trusted:
-                store.add_cert(authority)
-            if self.server:
-                # For clients that have several certificates to choose from.
-                context.set_client_ca_list([authority.get_subject() for authority in trusted])
+            for authority in credentials.authorities:
+                store.add_cert(crypto.X509.from_cryptography(authority))
         self._revocations = credentials.revocations
         for revocations in credentials.revocations:
             store.add_crl(revocations)
@@ -186,8 +191,12 @@ class TLSContext:
                     return 0
                 _ffi.memmove(place, key, len(key))
                 connection = SSL.Connection._reverse_mapping.get(ssl)
-                if key and connection is not None:
-                    connection.get_app_data().user = user.decode()
+                if connection is not None:
+                    judgement = connection.get_app_data()
+                    if key:
+                        judgement.user = user.decode()
+                    else:
+                        judgement.unknown_user = user.decode(errors="replace")
                 return len(key)
 
             kind = "unsigned int(SSL *, const char *, unsigned char *, unsigned int)"
@@ -196,6 +205,10 @@ class TLSContext:
             return
 
         assert credentials.username is not None
+        # A server that does not use the key can show a certificate in TLS 1.3, and has proved
+        # nothing with that.
+        context.set_verify(SSL.VERIFY_PEER, _refuse_certificate)
+        self._own_user = credentials.username
         user, own = credentials.username.encode(), credentials.keys[credentials.username]
 
         def tell(_: Any, hint: Any, identity: Any, most: int, place: Any, room: int) -> int:
@@ -247,6 +260,17 @@ def _judge(
     except ValueError as error:  # OpenSSL can read it, and cryptography cannot
         judgement.failure = f"the {role}'s certificate is malformed: {error}", None
     return judgement.failure is None
+
+
+def _refuse_certificate(connection: SSL.Connection, *_: object) -> bool:
+    """Refuse whatever a server shows in place of using the pre-shared key."""
+    judgement: Judgement = connection.get_app_data()
+    judgement.failure = (
+        f"the server does not use the pre-shared key of {judgement.own_user}, but shows a "
+        "certificate",
+        "if it has no keys, say --tls-certificates DIR or --tls-ca FILE instead of --tls-psk",
+    )
+    return False
 
 
 def reasons(error: SSL.Error) -> str:
