@@ -14,7 +14,7 @@ sources := nbdlink tests $(wildcard bench)
 # pip shows a progress bar to a person, and nothing to a log.
 pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
 
-.PHONY: help demo test unit lint kernel-test bench bench-quick bench-attach clean
+.PHONY: help demo test unit lint kernel-test bench bench-quick bench-attach bench-roads clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -62,6 +62,13 @@ bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtua
 	@mkdir -p docs/benchmarks
 	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 600 --rw docs/benchmarks -- \
 	    build/bench-venv/bin/python bench/attach.py docs/benchmarks/attach.md
+
+bench-roads: ## a device's TLS in the kernel, beside the relay and nbd-client's proxy, likewise
+	@vagrant/provision.sh test
+	@$(MAKE) --no-print-directory $(venv)/.for-demo
+	@mkdir -p docs/benchmarks
+	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 900 --rw docs/benchmarks -- \
+	    $(venv)/bin/python -m bench.roads docs/benchmarks/roads.md
 
 clean: ## remove what was built; the cache folder with the kernels stays
 	rm -rf $(venv) build dist *.egg-info .coverage* .hypothesis .import_linter_cache \

@@ -145,4 +145,5 @@ def table(times: dict[str, list[tuple[float, float]]], bare: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-main()
+if __name__ == "__main__":
+    main()

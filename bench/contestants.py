@@ -23,16 +23,20 @@ YARDSTICK = "yardstick"
 
 @dataclass(frozen=True)
 class Post:
-    """Where a server is to stand: what it serves, and at which address."""
+    """Where a server is to stand: what it serves, at which address, and with which certificates."""
 
     image: Path
     transport: str
     folder: Path
     address: str | tuple[str, int]
+    credentials: Path | None = None
 
     def uri(self, export: str = "") -> str:
         if isinstance(self.address, str):
             return f"nbd+unix:///{export}?socket={self.address}"
+        if self.credentials:
+            # fio lets no URI name files, and there is nobody in between on this machine.
+            return f"nbds://localhost:{self.address[1]}/{export}?tls-verify-peer=0"
         return f"nbd://{self.address[0]}:{self.address[1]}/{export}"
 
     @property
@@ -54,12 +58,14 @@ class Contestant:
         program: what has to be installed.
         describe: its version and the options that matter.
         start: starts it at a post.
+        has_tls: whether it takes part over TLS.
     """
 
     name: str
     program: str
     describe: Callable[[], str]
     start: Callable[[Post], Server]
+    has_tls: bool = True
 
     @property
     def is_there(self) -> bool:
@@ -93,6 +99,8 @@ def _nbdlink(name: str, checkout: Path) -> Contestant:
     def start(post: Post) -> Server:
         command = [*python, "serve", str(post.image)]
         command += post.words("-k", ["-b", "127.0.0.1", "-p"])
+        if post.credentials:
+            command += ["--tls-certificates", str(post.credentials)]
         # The working directory comes first on the path of modules, so it says which nbdlink.
         return _begin(post, name, command, cwd=checkout)
 
@@ -106,6 +114,8 @@ def _nbdlink(name: str, checkout: Path) -> Contestant:
 def _nbdkit(name: str, options: list[str]) -> Contestant:
     def start(post: Post) -> Server:
         where = post.words("-U", ["-i", "127.0.0.1", "-p"])
+        if post.credentials:
+            where += ["--tls=require", f"--tls-certificates={post.credentials}"]
         return _begin(post, name, ["nbdkit", "-f", *options, *where, "file", str(post.image)])
 
     def describe() -> str:
@@ -118,6 +128,9 @@ def _nbdkit(name: str, options: list[str]) -> Contestant:
 def _start_qemu(post: Post) -> Server:
     command = ["qemu-nbd", "-t", "-e", "0", "-f", "raw"]
     command += post.words("-k", ["-b", "127.0.0.1", "-p"])
+    if post.credentials:
+        tls = f"tls-creds-x509,id=tls0,endpoint=server,verify-peer=no,dir={post.credentials}"
+        command += ["--object", tls, "--tls-creds", "tls0"]
     return _begin(post, "qemu-nbd", [*command, str(post.image)])
 
 
@@ -181,8 +194,8 @@ CONTESTANTS = {
         _nbdkit("nbdkit -t 1", ["-t", "1"]),
         _nbdkit("nbdkit", []),
         Contestant("qemu-nbd", "qemu-nbd", _describe_qemu, _start_qemu),
-        Contestant("nbd-server", "nbd-server", _describe_nbd_server, _start_nbd_server),
-        Contestant(YARDSTICK, "gcc", _describe_yardstick, _start_yardstick),
+        Contestant("nbd-server", "nbd-server", _describe_nbd_server, _start_nbd_server, False),
+        Contestant(YARDSTICK, "gcc", _describe_yardstick, _start_yardstick, False),
     )
 }
 

@@ -26,6 +26,8 @@ _SHOWN = {
     "unix/tmpfs/1m-write-d4-c1-one": "1 MiB write, in sequence",
     "tcp/tmpfs/4k-read-d16-c1-one": "TCP: 4 KiB read,\ndepth 16",
     "tcp/tmpfs/1m-read-d4-c1-one": "TCP: 1 MiB read,\nin sequence",
+    "tls/tmpfs/4k-read-d16-c1-one": "TLS: 4 KiB read,\ndepth 16",
+    "tls/tmpfs/64k-write-d16-c1-one": "TLS: 64 KiB write,\ndepth 16",
 }
 # The peers stay in the background. The order is the same everywhere, for whoever sees no colours.
 _COLOURS = {

@@ -19,8 +19,10 @@ _GROUPS = {
     "tcp/tmpfs": "TCP, file on tmpfs",
     "unix/disk": "Unix socket, file on disk",
     "tcp/disk": "TCP, file on disk",
+    "tls/tmpfs": "TLS on TCP, file on tmpfs",
     "nbdcopy/unix": "nbdcopy, Unix socket",
     "nbdcopy/tcp": "nbdcopy, TCP",
+    "nbdcopy/tls": "nbdcopy, TLS on TCP",
 }
 _OUR_COPIES = "copy/unix"
 _GOALS = {

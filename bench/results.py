@@ -71,7 +71,7 @@ class Result:
         name: the row's.
         block: bytes per request; 0 if whole files are copied.
         depth: requests in flight per connection; 0 likewise.
-        transport: "unix" or "tcp".
+        transport: "unix", "tcp" or "tls".
         rounds: samples by contestant; None where one failed.
         ours: the contestant whose ratios are told.
         goals: whether the project's goals are for this row.
@@ -154,6 +154,8 @@ class Result:
         small = 0 < self.block <= 4096
         if rate and round(rate.median, 2) < 1:
             words.append(("rate", f"{rate.median:.2f} of the rate of {rate.other} {_span(rate)}"))
+        if self.transport == "tls":
+            return words  # its goals are about the rate; ciphers cost everybody the same
         if cost and small and self.depth >= 16 and round(cost.median, 2) > round(CPU_SHARE, 2):
             words.append(
                 (

@@ -19,7 +19,7 @@ class Row:
     """One kind of work.
 
     Attributes:
-        transport: "unix" or "tcp".
+        transport: "unix", "tcp", or "tls" for TLS on TCP.
         place: "tmpfs" or "disk": where the served file is.
         rw: "read" or "write"; small blocks at random offsets, blocks of 1 MiB in sequence.
         block: bytes per request.
@@ -57,7 +57,7 @@ class CopyRow:
     """A whole file, copied by nbdcopy or `nbdlink copy`.
 
     Attributes:
-        transport: "unix" or "tcp".
+        transport: "unix", "tcp" or "tls".
         direction: "upload" (from a file), "download" (to nowhere), "tofile" (on tmpfs).
         connections: how many the copying program may use.
         client: whose copying program: "nbdcopy" is run against every server, and "copy"
@@ -96,6 +96,8 @@ ROWS: list[Row] = [
     *_rows("tcp", "tmpfs", [(KIB * 4, 64), (MIB, 4)], 1, "both"),
     *_rows("unix", "disk", _SOME, 1, "one"),
     *_rows("tcp", "disk", [(KIB * 4, 16), (MIB, 4)], 1, "one"),
+    *_rows("tls", "tmpfs", _WORK, 1, "one"),
+    *_rows("tls", "tmpfs", _SOME, 4, "both"),
 ]
 
 QUICK: list[Row] = [
@@ -103,6 +105,7 @@ QUICK: list[Row] = [
     Row("unix", "tmpfs", "read", KIB * 4, 64, 4, "one"),
     *_rows("tcp", "tmpfs", [(KIB * 4, 16), (MIB, 4)], 1, "one"),
     Row("unix", "disk", "read", KIB * 4, 16, 1, "one"),
+    *_rows("tls", "tmpfs", [(KIB * 4, 16), (KIB * 64, 16)], 1, "one"),
 ]
 
 COPIES: list[CopyRow] = [
@@ -112,6 +115,7 @@ COPIES: list[CopyRow] = [
         for direction in ("download", "upload")
         for connections in (1, 4)
     ),
+    *(CopyRow("tls", direction, 4) for direction in ("download", "upload")),
     *(
         CopyRow("unix", direction, connections, "copy")
         for direction in ("download", "tofile", "upload")
@@ -144,6 +148,7 @@ def in_words(name: str, *, short: bool = False) -> str:
         words = f"{size} {rw}, depth {depth[1:]}, {_connections(connections)}, {cores} core"
         words += "s" if cores == "both" else ""
     where = where.replace("/", ", ").replace("unix", "Unix").replace("tcp", "TCP")
+    where = where.replace("tls", "TLS")
     return words if short else f"{where}: {words}"
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from bench import clients, idle, latency, machine, report, table
+from bench import clients, idle, latency, machine, pki, report, table
 from bench.book import Book
 from bench.contestants import (
     CONTESTANTS,
@@ -60,6 +60,10 @@ class Field:
     _images: dict[str, Path] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
+    @functools.cached_property
+    def credentials(self) -> Path:
+        return pki.make(self.folder / "pki")
+
     def image(self, place: str) -> Path:
         """Give the served file: random bytes, of which none can be left out as zeroes."""
         if place not in self._images:
@@ -90,8 +94,12 @@ class Field:
 
     def post(self, contestant: Contestant, transport: str, place: str) -> Post:
         socket = self.folder / f"{contestant.name.replace(' ', '')}.sock"
-        address = ("127.0.0.1", free_port()) if transport == "tcp" else str(socket)
-        return Post(self.image(place), transport, self.folder, address)
+        address = str(socket) if transport == "unix" else ("127.0.0.1", free_port())
+        credentials = self.credentials if transport == "tls" else None
+        return Post(self.image(place), transport, self.folder, address, credentials)
+
+    def taking_part(self, transport: str) -> dict[str, Contestant]:
+        return {each.name: each for each in self.contestants if each.has_tls or transport != "tls"}
 
     def stop_servers(self) -> None:
         while self._servers:
@@ -114,7 +122,7 @@ def measure_row(place: Field, row: Row, rounds: int, seconds: float, result: Res
         pin(server.pid, cores)
         return clients.fio(row, server, seconds, cores, place.folder)
 
-    in_turn({each.name: each for each in place.contestants}, rounds, result, once)
+    in_turn(place.taking_part(row.transport), rounds, result, once)
 
 
 def measure_copy(place: Field, row: CopyRow, rounds: int, result: Result) -> None:
@@ -134,7 +142,7 @@ def measure_copy(place: Field, row: CopyRow, rounds: int, result: Result) -> Non
         return clients.copy(row, server, place.image("big source"), program, ROOT)
 
     if row.client == "nbdcopy":
-        in_turn({each.name: each for each in place.contestants}, rounds, result, with_server)
+        in_turn(place.taking_part(row.transport), rounds, result, with_server)
     else:
         result.ours = "nbdlink copy"
         in_turn({name: name for name in ("nbdlink copy", "nbdcopy")}, rounds, result, with_program)
