@@ -199,18 +199,29 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
 
 
 def _clients(arguments: argparse.Namespace) -> dict[str | None, list[str]]:
-    """Tell who may use which export; those under None may use all."""
+    """Tell who may use which export; those under None may use all.
+
+    Raises:
+        ConfigError: a word begins neither with an export's name nor as a distinguished name.
+    """
     names = {_split(word, len(arguments.storage) > 1)[0] for word in arguments.storage}
     if arguments.export_name is not None:
         names = {arguments.export_name}
+    if arguments.client:
+        from nbdlink.transport.identity import ATTRIBUTES
     clients: dict[str | None, list[str]] = {}
     for word in arguments.client:
         # A distinguished name has "=" in it as well: CN=web1.
         name, equals, rest = word.partition("=")
-        if equals and name in names and len(names) > 1:
+        if equals and name in names:
             clients.setdefault(name, []).append(rest)
-        else:
+        elif not equals or name in ATTRIBUTES or name.replace(".", "").isdigit():
             clients.setdefault(None, []).append(word)
+        else:
+            raise ConfigError(
+                f"--client {word}: there is no export {name!r}",
+                hint="say NAME=DN for one export, or DN for all: CN=web1",
+            )
     return clients
 
 

@@ -238,7 +238,10 @@ def run_info(arguments: argparse.Namespace) -> int:
     tls = "with" if server["TLS"] else "without"
     print(f"protocol: {server['protocol']} {tls} TLS, using {packets} packets")
     if server["TLS"]:
-        peer = output.printable(server["TLS-peer"] or "a server that did not say who it is")
+        # Who has the pre-shared key is who is meant, and has no other name.
+        peer = output.printable(server["TLS-peer"] or "by a pre-shared key")
+        if not security.verifies:
+            peer += " (not verified)"
         print(f"TLS: {server['TLS-version']}, {server['TLS-cipher']}, {peer}")
     for export in server["exports"]:
         export["export-size"] = f"{export['export-size']} ({export.pop('export-size-str')})"
@@ -300,9 +303,8 @@ def _server_sheet(negotiation: Negotiation, exports: list[dict[str, Any]]) -> di
     return {
         "protocol": "newstyle-fixed" if negotiation.fixed else "newstyle",
         "TLS": tls is not None,
-        "TLS-version": tls.version if tls else None,
-        "TLS-cipher": tls.cipher if tls else None,
-        "TLS-peer": tls.peer if tls else None,
+        **({"TLS-version": tls.version, "TLS-cipher": tls.cipher} if tls else {}),
+        **({"TLS-peer": tls.peer} if tls else {}),
         "structured": negotiation.style >= HeaderStyle.STRUCTURED,
         "extended": negotiation.style >= HeaderStyle.EXTENDED,
         "exports": exports,

@@ -19,7 +19,8 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, road: bool = False)
     group.add_argument(
         "--tls",
         choices=("off", "allow", "require"),
-        help="without it, if the server offers it, or never without (nbds://: require)",
+        help="never, if the server offers it, or never without "
+        "(require for nbds:// or if other options ask for TLS, else off)",
     )
     _add_files(group)
     group.add_argument("--tls-username", metavar="NAME", help="which key of the key file is ours")
@@ -58,7 +59,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tls",
         choices=("off", "allow", "require"),
-        help="without it, at the client's choice, or never without (require, with credentials)",
+        help="never, at the client's choice, or never without (require if there are credentials)",
     )
     _add_files(group)
     group.add_argument(
@@ -79,7 +80,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]DN",
         action="append",
         default=[],
-        help="let only this one use the export (of that name); may be repeated",
+        help="let only this one use the exports, or that of this name; may be repeated",
     )
 
 

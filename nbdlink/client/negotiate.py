@@ -111,6 +111,7 @@ class Negotiation:
         self.target = target
         self.security = security
         self._taken = False
+        self._suspects = False
         self.tls: TLSSession | None = None
         self._selected: tuple[str, dict[str, int]] = ("", {})
         self._deadline = Deadline(timeout)
@@ -334,6 +335,7 @@ class Negotiation:
             secured = security.begin(self._socket, self._deadline)
             self._socket, self.tls = secured, secured.session
             self._machine.tls_started()
+            self._suspects = True
 
     def _name(self, name: str | None) -> str:
         return self.target.export if name is None else name
@@ -408,7 +410,7 @@ class Negotiation:
 
     def _refused(self, reply: Reply, name: str | None) -> OptionError:
         said = printable(reply.data)[:400]
-        if reply.reply == OptionReply.ERR_UNKNOWN:
+        if reply.reply == OptionReply.ERR_UNKNOWN and name is not None:
             which = f"the export {name!r}" if name else "a default export"
             message, hint = f"the server does not offer {which}", self._offered()
         else:
@@ -460,6 +462,7 @@ class Negotiation:
         with self._naming_the_server():
             while (message := self._machine.next_message()) is None:
                 self._machine.receive_data(stream.receive(self._socket, self._deadline))
+            self._suspects = False
             return message
 
     @contextlib.contextmanager
@@ -468,6 +471,9 @@ class Negotiation:
             yield
         except (TransportError, RemoteProtocolError, TLSError) as error:
             error.args = (f"{self.target.address}: {error}",)
+            is_late = isinstance(error.__context__, TimeoutError)
+            if self._suspects and not error.hint and not is_late:
+                error.hint = self.security.suspicion()
             raise
 
 

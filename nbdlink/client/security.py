@@ -57,8 +57,17 @@ class Security:
         host: the name or address that the server's certificate must have, or None for any.
     """
 
-    def __init__(self, target: Target, options: TLSOptions = NO_OPTIONS) -> None:
+    def __init__(
+        self, target: Target, options: TLSOptions = NO_OPTIONS, *, for_kernel: bool = False
+    ) -> None:
         """Put together what was said; a word of the options counts more than the target's.
+
+        Args:
+            target: server and export.
+            options: what was said besides.
+            for_kernel: whether the kernel is to take TLS over. It cannot follow a change of
+                keys, which servers with GnuTLS make after 2^24 records (64 to 256 GiB) of any
+                cipher but ChaCha20; so that one is preferred if the kernel has it.
 
         Raises:
             ConfigError: the two contradict each other.
@@ -66,6 +75,7 @@ class Security:
         self.policy = _policy(target, options)
         self.host = options.hostname or target.tls_hostname or target.host
         self._files = _files(target, options.files)
+        self._for_kernel = for_kernel
         self._verify_peer = options.verify_peer and target.tls_verify_peer is not False
         self._context: TLSContext | None = None
         if self.policy == "off":
@@ -92,11 +102,32 @@ class Security:
         """
         if self._context is None:
             from nbdlink.transport.credentials import load_client
-            from nbdlink.transport.tlscontext import TLSContext
+            from nbdlink.transport.tlscontext import LASTING_SUITE, TLSContext
 
             credentials = load_client(self._files)
-            self._context = TLSContext(credentials, server=False, verify_peer=self._verify_peer)
+            self._context = TLSContext(
+                credentials,
+                server=False,
+                verify_peer=self._verify_peer,
+                lasting=self._for_kernel and _kernel_has(LASTING_SUITE),
+            )
         return self._context
+
+    @property
+    def verifies(self) -> bool:
+        """Whether a server with TLS has to prove who it is."""
+        return self.context.verifies or self.context.has_keys
+
+    def suspicion(self) -> str | None:
+        """Say what may be wrong if a server hangs up right behind the TLS handshake.
+
+        In TLS 1.3 the server looks at our certificate then, and not all of them send an alert.
+        """
+        if self.context.has_keys:
+            return None
+        if self.context.has_certificate:
+            return "perhaps it does not believe our certificate: its log will tell"
+        return "perhaps it wants a certificate from us (--tls-certificates DIR): its log will tell"
 
     def begin(self, sock: socket.socket, deadline: Deadline) -> TLSStream:
         """Do the TLS handshake on a connected socket.
@@ -110,6 +141,12 @@ class Security:
         return stream
 
 
+def _kernel_has(suite: str) -> bool:
+    from nbdlink.transport import ktls
+
+    return ktls.missing(suite) is None
+
+
 def _policy(target: Target, options: TLSOptions) -> Policy:
     if target.tls:
         if options.policy not in (None, "require"):
@@ -119,7 +156,7 @@ def _policy(target: Target, options: TLSOptions) -> Policy:
                 hint="say nbd:// or leave --tls out",
             )
         return "require"
-    said = options.files.given or options.hostname is not None
+    said = options.files.given or options.hostname is not None or not options.verify_peer
     if options.policy == "off" and said:
         raise ConfigError("--tls off, and yet there are options for TLS", hint="leave one out")
     # Who names credentials does not mean them to be passed over in silence.

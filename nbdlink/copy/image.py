@@ -146,6 +146,11 @@ def _check(spec: CopySpec) -> None:
         raise ConfigError("null: is for a destination", hint="copy from a file, or from /dev/zero")
     if spec.verify and ("-" in (spec.source, spec.destination) or spec.destination == NULL):
         raise _NOT_COMPARABLE
+    if source is destination is None and spec.tls not in (NO_OPTIONS, TLSOptions("off")):
+        raise ConfigError(
+            "there are options for TLS, and neither end is an export",
+            hint="leave them out, or name an export: nbds://HOST/EXPORT",
+        )
     if spec.connections is not None and not 1 <= spec.connections <= 64:
         raise ConfigError(f"{spec.connections} connections are not possible", hint="use 1 to 64")
     if not 1 <= spec.tuning.requests <= 1024:

@@ -110,6 +110,15 @@ def attach(
 def attach_spec(spec: LinkSpec) -> kernel.Device:
     """Bind an export as `spec` says; see `attach`."""
     _check(spec)
+    security = Security(spec.target, spec.tls, for_kernel=spec.tls_road != "relay")
+    if security.policy == "require":
+        # The same link, however TLS was asked for; and never the same as one without.
+        spec = replace(spec, target=replace(spec.target, tls=True))
+    elif security.policy == "off" and spec.tls_road != "auto":
+        raise ConfigError(
+            f"--tls-road {spec.tls_road}, and yet no TLS is asked for",
+            hint="say nbds:// or --tls require",
+        )
     index = kernel.index_of(spec.device, must_exist=False) if spec.device else None
     with contextlib.ExitStack() as stack:
         if spec.name:
@@ -117,7 +126,7 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
             stack.enter_context(record.locked())
             if existing := _same_link(spec, index):
                 return existing
-        wires, export = _negotiate_all(spec, stack)
+        wires, export = _negotiate_all(spec, security, stack)
         _binding(spec, index, [wire.fileno() for wire in wires], export)  # before a relay starts
         name = spec.name or (f"nbd{index}" if index is not None else spec.target.address)
         channels = channel.prepare(wires, spec.tls_road, name, stack)
@@ -226,10 +235,9 @@ def attached_records() -> list[tuple[record.Record, kernel.DeviceStatus]]:
 
 
 def _negotiate_all(
-    spec: LinkSpec, stack: contextlib.ExitStack
+    spec: LinkSpec, security: Security, stack: contextlib.ExitStack
 ) -> tuple[list[Wire], NegotiatedExport]:
     """Negotiate every connection; the server must say the same on each."""
-    security = Security(spec.target, spec.tls)
     wires: list[Wire] = []
     first: NegotiatedExport | None = None
     for number in range(spec.connections):

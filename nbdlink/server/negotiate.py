@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from nbdlink.errors import RemoteProtocolError, TLSError
+from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
 from nbdlink.protocol.constants import (
     MAX_OPTION_DATA,
     MAX_OPTION_REPLIES,
@@ -83,6 +83,7 @@ class Negotiation:
 
     Attributes:
         export: what the client chose, once transmission begins.
+        denial: why the client may not have what it asked for last, or None.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Negotiation:
         self._has_tls = False
         self._peer: str | None = None
         self.export: Export | None = None
+        self.denial: str | None = None
         # What was selected last: contexts by id, and the export that they were selected for.
         self._contexts: dict[int, str] = {}
         self._contexts_of = ""
@@ -160,6 +162,7 @@ class Negotiation:
         self._machine.tls_started()
         self._has_tls, self._peer = True, peer
         self._contexts, self._contexts_of = {}, ""
+        self.denial = None
 
     @property
     def ended(self) -> bool:
@@ -201,6 +204,7 @@ class Negotiation:
         if request.option == Option.SET_META_CONTEXT:
             self._contexts = {}  # replaced even if this fails
         if self._mode == "require" and not self._has_tls and request.option != Option.STARTTLS:
+            self.denial = "it came without TLS, which is demanded here"
             return [_refusal(request, OptionReply.ERR_TLS_REQD, "TLS is demanded here")]
         if request.oversized:
             words = f"{request.oversized} bytes of data; at most {MAX_OPTION_DATA} are read"
@@ -208,6 +212,7 @@ class Negotiation:
         if self._is_closing():
             return [_refusal(request, OptionReply.ERR_SHUTDOWN, "the server is shutting down")]
         if not self._is_admitted():
+            self.denial = self._stranger()
             return [_refusal(request, OptionReply.ERR_POLICY, self._stranger())]
         match request.option:
             case Option.LIST:
@@ -250,6 +255,7 @@ class Negotiation:
             words = f"there is no export {_short(asked.name)}"
             return [_refusal(request, OptionReply.ERR_UNKNOWN, words)]
         if denial := self._denial(export):
+            self.denial = denial[1]
             return [_refusal(request, *denial)]
         information = [ExportInfo(export.size, self._flags(export)).pack()]
         if InfoType.NAME in asked.requests:
@@ -317,14 +323,14 @@ class Negotiation:
         return not self._has_tls or self._security is None or self._security.admits(self._peer)
 
     def _stranger(self) -> str:
-        return f"{_short(self._peer or 'a client without a certificate')} may not use this server"
+        return f"{self._peer or 'a client without a certificate'} may not use this server"
 
     def _denial(self, export: Export) -> tuple[OptionReply, str] | None:
         """Say why the client may not use an export, or None if it may."""
         if export.is_secured and not self._has_tls:
             return OptionReply.ERR_TLS_REQD, f"the export {_short(export.name)} is for TLS only"
         if export.clients and self._peer not in export.clients:
-            who = _short(self._peer or "a client without a certificate")
+            who = self._peer or "a client without a certificate"
             return OptionReply.ERR_POLICY, f"{who} may not use the export {_short(export.name)}"
         return None
 
@@ -371,17 +377,34 @@ def negotiate(
     """
     negotiation = Negotiation(catalogue, is_closing, security)
     stream.send(session.sock, negotiation.greeting(), deadline)
+    is_fresh = False  # whether TLS has just begun
     while (negotiated := negotiation.session()) is None:
-        data = stream.receive(session.sock, deadline)
+        try:
+            data = stream.receive(session.sock, deadline)
+        except TransportError as error:
+            if is_fresh and security is not None and not is_closing():
+                raise _broken_off(session, error, security) from None
+            raise
+        is_fresh = False
         if not data:
-            return None
+            break
         for answer in negotiation.answers(data):
             stream.send(session.sock, answer, deadline)
         if negotiation.ended:
-            return None
+            break
         if negotiation.wants_tls:
             assert security is not None
-            _begin_tls(session, negotiation, security, deadline)
+            try:
+                _begin_tls(session, negotiation, security, deadline)
+            except TransportError as error:
+                if is_closing():
+                    raise
+                raise _broken_off(session, error, security) from None
+            is_fresh = True
+    if negotiated is None:
+        if negotiation.denial:
+            _log.warning("%s: refused: %s", session.peer, negotiation.denial)
+        return None
     session.sock.settimeout(None)
     _hand_over(session)
     return negotiated
@@ -403,6 +426,19 @@ def _begin_tls(
     _log.info(
         "%s: %s with %s, %s", session.peer, agreed.version, agreed.cipher, agreed.peer or "no name"
     )
+
+
+def _broken_off(session: Session, error: TransportError, security: ServerSecurity) -> NBDError:
+    """Say what it may be if a client breaks TLS off at its beginning.
+
+    Programs with GnuTLS close the connection without an alert, in the handshake or behind it.
+    """
+    if session.ending or isinstance(error.__context__, TimeoutError):
+        return error
+    what = (
+        "has another key than we have" if security.has_keys else "does not believe our certificate"
+    )
+    return TLSError(f"it broke TLS off; perhaps it {what} ({error})")
 
 
 def _hand_over(session: Session) -> None:

@@ -57,10 +57,17 @@ class ServerSecurity:
         self.allowed = frozenset(allowed)
         self._files = files
         self._verify_peer = verify_peer
+        if mode == "allow" and self.allowed:
+            raise ConfigError(
+                "--tls-authz says who may come, and --tls allow lets anybody in without TLS",
+                hint="say --tls require, or keep single exports for some with --client",
+            )
         self._context: TLSContext | None = None
         self.knows_peers = False
         if mode != "off":
             self.reload()
+            # A daemon changes its directory, and may be told to load them anew there.
+            self._files = self._files.absolute()
 
     def reload(self) -> None:
         """Load the credentials anew, for clients that come from now on.
@@ -72,8 +79,8 @@ class ServerSecurity:
         from nbdlink.transport.tlscontext import TLSContext
 
         credentials = load_server(self._files)
-        self.knows_peers = self._verify_peer or isinstance(credentials, PSKCredentials)
-        if self.allowed and not self.knows_peers:
+        knows_peers = self._verify_peer or isinstance(credentials, PSKCredentials)
+        if self.allowed and not knows_peers:
             raise ConfigError(
                 "--tls-authz takes clients that have to show a certificate",
                 hint="add --tls-verify-peer",
@@ -89,6 +96,12 @@ class ServerSecurity:
                 hint="put ca-cert.pem into the directory, or say --tls-ca FILE",
             )
         self._context = TLSContext(credentials, server=True, verify_peer=self._verify_peer)
+        self.knows_peers = knows_peers
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether clients come with pre-shared keys."""
+        return self._context is not None and self._context.has_keys
 
     def stream(self, sock: socket.socket) -> TLSStream:
         """Put TLS on a client's socket; `TLSStream.handshake` is next."""

@@ -245,10 +245,14 @@ class Service:
         """Give the URI of an export at the first address, for a client on this machine."""
         address = self.addresses[0]
         tls = self._security is not None and self._security.mode == "require"
+        if (wanted := self.catalogue.find(export)) and wanted.is_secured:
+            tls = True
         if isinstance(address, str):
             return str(Target(socket=address, export=export, tls=tls))
         host, port = address
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        if tls and host in ("127.0.0.1", "::1"):
+            host = "localhost"  # which is what certificates are made for
         return str(Target(host=host, port=port, export=export, tls=tls))
 
     def _wake_up(self) -> None:
@@ -375,7 +379,8 @@ class Service:
             where = "" if session.phase is Phase.TRANSMISSION else " in the handshake"
             _log.info("%s: lost%s: %s", session.peer, where, error)
         except TLSError as error:
-            _log.warning("%s: hung up: %s", session.peer, error)
+            did = "hung up" if session.phase is Phase.TRANSMISSION else "refused"
+            _log.warning("%s: %s: %s", session.peer, did, error)
             if session.is_bare:
                 # A client's first option may come already. Were it left unread, a reset would
                 # overtake the alert, and the client never learn what is wrong.

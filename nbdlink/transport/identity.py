@@ -34,6 +34,7 @@ _ATTRIBUTES: Final[dict[str, str]] = {
     "1.2.840.113549.1.9.1": "EMAIL",
 }
 """What GnuTLS calls the parts of a name; others are shown by their number."""
+ATTRIBUTES: Final = frozenset(_ATTRIBUTES.values())
 
 
 def describe(certificate: x509.Certificate) -> str:

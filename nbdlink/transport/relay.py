@@ -179,6 +179,10 @@ def _relay(stream: TLSStream, end: socket.socket, name: str) -> None:
         ended.set()
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+        up.join(_FAREWELL)
+        # It may still be sending to a server that takes nothing more.
+        with contextlib.suppress(OSError):
+            stream.shutdown(socket.SHUT_RDWR)
         up.join()
         with contextlib.suppress(OSError):
             stream.close()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import select
 import socket
 import struct
 import threading
@@ -40,6 +41,10 @@ from nbdlink.transport.tlscontext import Judgement, reasons
 _lib: Any = SSL._lib  # type: ignore[attr-defined]
 _ffi: Any = SSL._ffi  # type: ignore[attr-defined]
 
+# A call through the library's object would look the function up each time.
+_read, _write = _lib.SSL_read, _lib.SSL_write
+_memory, _read_memory, _write_memory = _lib.BIO_get_mem_data, _lib.BIO_read, _lib.BIO_write
+
 Data = bytes | bytearray | memoryview
 
 _HEADER: Final = struct.Struct(">BBBH")
@@ -49,8 +54,9 @@ _LONGEST_RECORD: Final = (1 << 14) + 2048
 """Bytes of a protected record in TLS 1.2; in 1.3 they are fewer."""
 _CHUNK: Final = 128 * 1024
 """Bytes that are encrypted or received in one go: small enough for the processor's cache."""
-_OVERHEAD: Final = _CHUNK // 256
-"""Bytes that records add to a chunk, at most: 22 for each 16 KiB, and alerts."""
+_ROOM: Final = _CHUNK + _CHUNK // 256
+"""Bytes that a chunk has once it is encrypted, at most: 22 more for each 16 KiB, and alerts."""
+_WAITALL: Final = int(socket.MSG_WAITALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +112,13 @@ class TLSStream:
         self._received_memory = mmap.mmap(-1, _CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._received = memoryview(self._received_memory)
         self._received_at = _ffi.from_buffer(self._received)
-        self._encrypted_memory = mmap.mmap(
-            -1, _CHUNK + _OVERHEAD, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        )
+        self._encrypted_memory = mmap.mmap(-1, _ROOM, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._encrypted = memoryview(self._encrypted_memory)
         self._encrypted_at = _ffi.from_buffer(self._encrypted)
         self._backlog = self._encrypted[:0]  # encrypted, and not yet taken by the socket
+        self._memory = _ffi.new("char **")
+        self._place: Any = None  # where was received last, and the same for OpenSSL
+        self._target: Any = None
 
     # The handshake.
 
@@ -122,6 +129,7 @@ class TLSStream:
             TLSError: the peer is not believed, does not believe us, or speaks no TLS.
             TransportError: the deadline passed, or the connection broke.
         """
+        is_server = self._judgement.role == "client"
         try:
             while True:
                 try:
@@ -132,7 +140,6 @@ class TLSStream:
                 else:
                     break
             self._counts = self._connection.get_protocol_version_name() == "TLSv1.3"
-            is_server = self._judgement.role == "client"
             if not is_server:
                 self._counts, counts = False, self._counts
                 self._flush_within(deadline)  # our Finished has still the handshake's keys
@@ -145,15 +152,31 @@ class TLSStream:
         except TLSError:
             self._say_why(deadline)
             raise
+        except TransportError as error:
+            # Programs with GnuTLS like to close the connection without an alert.
+            if not is_server and not isinstance(error.__context__, TimeoutError):
+                error.hint = self._suspicion()
+            raise
         judgement = self._judgement
         if judgement.host is not None and not judgement.host_matches:
             # Cannot be, as OpenSSL asks us about every certificate; and if, then not in silence.
             raise TLSError(f"the server's certificate was not compared with {judgement.host}")
         session = self._describe()
-        if judgement.has_keys and (session.certificate is not None or (is_server and not session.peer)):
+        if judgement.has_keys and (
+            session.certificate is not None or (is_server and not session.peer)
+        ):
             raise TLSError(f"the {judgement.role} has not used a pre-shared key")  # cannot be
         self.session = session
         return session
+
+    def _suspicion(self) -> str:
+        """Say what may be wrong with a client if the server says nothing."""
+        if user := self._judgement.own_user:
+            return (
+                f"perhaps it has no key, or another one, for {user}: compare the key files; "
+                "its log will tell"
+            )
+        return "perhaps it wants a pre-shared key (--tls-psk FILE): its log will tell"
 
     def _say_why(self, deadline: Deadline) -> None:
         """Send the alert that OpenSSL has made."""
@@ -165,6 +188,8 @@ class TLSStream:
             message, hint = self._judgement.failure
             return TLSError(message, hint=hint)
         words, role = reasons(error), self._judgement.role
+        if isinstance(error, SSL.ZeroReturnError):
+            return TLSError(f"the {role} took leave in the TLS handshake, and does not say why")
         if self._judgement.has_keys and (failure := self._key_error(words)):
             return failure
         return explain_handshake(words, role)
@@ -172,12 +197,15 @@ class TLSStream:
     def _key_error(self, words: str) -> TLSError | None:
         """Say what is wrong with a pre-shared key, if OpenSSL's words are about that."""
         judgement = self._judgement
-        if "alert" in words:
+        if judgement.own_user is not None:
             for known, (message, hint) in _KEY_ALERTS.items():
                 if known in words:
                     return TLSError(message.format(user=judgement.own_user), hint=hint)
+        elif judgement.user is not None and any(each in words for each in _WRONG_KEY):
+            user = ascii(judgement.user)
+            return TLSError(f"the client has another pre-shared key for {user} than we have")
         elif words in _NO_KEY and judgement.unknown_user is not None:
-            return TLSError(f"the client is {ascii(judgement.unknown_user)}, who has no key here")
+            return TLSError(f"the client is {judgement.unknown_user!a}, who has no key here")
         elif words in _NO_KEY:
             return TLSError("the client offers no pre-shared key, which it has to have here")
         return None
@@ -237,8 +265,7 @@ class TLSStream:
     def _flush_within(self, deadline: Deadline) -> None:
         with self._sending:
             try:
-                self._sock.settimeout(deadline.left())
-                self._flush()
+                self._flush(deadline)
             except TimeoutError:
                 raise TransportError(
                     f"the peer took nothing for {deadline.seconds:g} seconds"
@@ -251,36 +278,57 @@ class TLSStream:
     def recv(self, limit: int, flags: int = 0) -> bytes:
         """Receive up to `limit` bytes; none at all is the end of the stream."""
         place = bytearray(limit)
-        return bytes(place[: self.recv_into(place, limit, flags)])
+        try:
+            return bytes(place[: self.recv_into(place, limit, flags)])
+        finally:
+            self._place = self._target = None
 
     def recv_into(self, place: bytearray | memoryview, count: int = 0, flags: int = 0) -> int:
         """Receive into `place` up to `count` bytes, or all that fit; give how many.
 
         With MSG_WAITALL there are fewer only at the end of the stream.
         """
+        # Each call of OpenSSL costs a microsecond of the interpreter, so none is made to learn
+        # what can be known: a read that gives less than it may has come to a record's end.
         size = count or len(place)
-        target = _ffi.from_buffer(place)
-        ssl, read = self._ssl, _lib.SSL_read
+        if place is self._place:
+            target = self._target
+        else:
+            target = _ffi.from_buffer(place)
+            if self._timeout is None:
+                # A server's inbox. A client's buffers are let go: they may be resized later.
+                self._place, self._target = place, target
+        # One for all records: there are some without data, of which a peer may send many.
+        deadline = Deadline(self._timeout) if self._timeout else None
         done = 0
         while done < size:
             if not self._dry:
-                with self._lock:
-                    got = read(ssl, target + done, min(size - done, 0x7FFF_FFFF))
-                    if got <= 0:
-                        is_end = self._why_nothing(got)
+                try:
+                    with self._lock:
+                        left = size - done
+                        got = _read(self._ssl, target + done if done else target, left)
+                        if got <= 0:
+                            is_end = self._why_nothing(got)
+                        else:
+                            done += got
+                            self._dry = got < left and _memory(self._in, self._memory) == 0
+                except TLSError:
+                    self._answer()  # by an alert
+                    raise
                 if got > 0:
-                    done += got
                     continue
                 if is_end:
                     break
                 if self._has_output():
                     self._answer()
-            if done and not flags & socket.MSG_WAITALL:
+            if done and not flags & _WAITALL:
                 break
             if self._exact:
-                self._receive_record(Deadline(self._timeout))
+                self._receive_record(deadline or Deadline(self._timeout))
                 continue
             try:
+                if deadline:
+                    self._sock.settimeout(deadline.left())
                 arrived = self._sock.recv_into(self._received)
             except BlockingIOError:
                 if done:
@@ -291,7 +339,10 @@ class TLSStream:
                 if self._deaf:
                     break
                 raise self._cut_off()
-            self._feed(self._received[:arrived])
+            with self._lock:
+                if _write_memory(self._in, self._received_at, arrived) != arrived:
+                    raise MemoryError
+            self._dry = False
         return done
 
     def _why_nothing(self, result: int) -> bool:
@@ -329,11 +380,29 @@ class TLSStream:
 
     def send(self, data: Data) -> int:
         """Send `data`, all of it unless the socket does not block; give how much was taken."""
-        return self.sendmsg((data,))
+        size = len(data)
+        if size > _CHUNK or self._exact or self._timeout == 0 or not size:
+            return self.sendmsg((data,))
+        # As `sendmsg` does it, without its loops: what most replies take.
+        with self._sending:
+            if self._backlog:
+                self._send_backlog()
+            with self._lock:
+                result = _write(self._ssl, _ffi.from_buffer(data), size)
+                if result <= 0:
+                    self._cannot_write(result)
+                count = _read_memory(self._out, self._encrypted_at, _ROOM)
+            sent = self._sock.send(self._encrypted[:count])
+            if sent < count:
+                self._backlog = self._encrypted[sent:count]
+                self._send_backlog()
+            if count == _ROOM:
+                self._flush()
+        return size
 
     def sendall(self, data: Data) -> None:
         """Send all of `data`."""
-        self.sendmsg((data,))
+        self.send(data)
 
     def sendmsg(self, parts: Iterable[Data]) -> int:
         """Send the parts, all of them unless the socket does not block; give how much was taken.
@@ -346,8 +415,9 @@ class TLSStream:
         """
         taken = 0
         blocks = self._timeout != 0
+        deadline = Deadline(self._timeout) if self._timeout else None
         with self._sending:
-            if self._backlog and not self._send_backlog():
+            if self._backlog and not self._send_backlog(deadline):
                 raise BlockingIOError
             for chunk in _chunks(parts):
                 with self._lock:
@@ -355,7 +425,7 @@ class TLSStream:
                     if result <= 0:
                         self._cannot_write(result)
                 taken += len(chunk)
-                if not self._flush() and not blocks:
+                if not self._flush(deadline) and not blocks:
                     break
         return taken
 
@@ -375,24 +445,41 @@ class TLSStream:
         """Whether something is encrypted that the socket has not taken."""
         return len(self._backlog) > 0
 
-    def _flush(self) -> bool:
-        """Send what OpenSSL has made; tell whether nothing is left. `_sending` is held."""
+    def _flush(self, deadline: Deadline | None = None, *, wait: bool = True) -> bool:
+        """Send what OpenSSL has made; tell whether nothing is left. `_sending` is held.
+
+        For the arguments see `_send_backlog`.
+        """
         while True:
             with self._lock:
                 count = _lib.BIO_read(self._out, self._encrypted_at, len(self._encrypted))
             if count <= 0:
                 return True
+            is_last = count < len(self._encrypted)
             if self._counts and self._exact:
                 self.records_sent += _application_records(self._encrypted[:count])
             self._backlog = self._encrypted[:count]
-            if not self._send_backlog():
+            if not self._send_backlog(deadline, wait=wait):
                 return False
+            if is_last:
+                return True
 
-    def _send_backlog(self) -> bool:
+    def _send_backlog(self, deadline: Deadline | None = None, *, wait: bool = True) -> bool:
+        """Send what is encrypted; tell whether nothing is left. `_sending` is held.
+
+        Args:
+            deadline: when all of it must have been taken, however slowly the peer takes it;
+                None for the socket's own timeout.
+            wait: whether to wait for a socket that does that.
+        """
         backlog = self._backlog
         try:
             while backlog:
-                backlog = backlog[self._sock.send(backlog) :]
+                if deadline:
+                    self._sock.settimeout(deadline.left())
+                if not wait and not self._takes_more():
+                    return False
+                backlog = backlog[self._sock.send(backlog, 0 if wait else socket.MSG_DONTWAIT) :]
         except BlockingIOError:
             return False
         finally:
@@ -401,14 +488,28 @@ class TLSStream:
 
     def _has_output(self) -> bool:
         with self._lock:
-            place = _ffi.new("char **")
-            return bool(_lib.BIO_get_mem_data(self._out, place) > 0)
+            return bool(_memory(self._out, self._memory) > 0)
+
+    def _takes_more(self) -> bool:
+        poll = select.poll()
+        poll.register(self._sock, select.POLLOUT)
+        return bool(poll.poll(0))
 
     def _answer(self) -> None:
-        """Send what receiving has brought about: the answer to a KeyUpdate, or an alert."""
-        with self._sending:
-            if self._send_backlog():
-                self._flush()
+        """Send what receiving has brought about: the answer to a KeyUpdate, or an alert.
+
+        Who receives never waits for that. If the socket is full, or somebody is sending, it goes
+        out with what is sent next, before which the protocol demands it (RFC 8446, section
+        4.6.3). To wait would be for ever if the peer did not receive before we did.
+        """
+        if not self._sending.acquire(blocking=False):
+            return
+        try:
+            with contextlib.suppress(OSError):  # receiving will tell
+                if self._send_backlog(wait=False):
+                    self._flush(wait=False)
+        finally:
+            self._sending.release()
 
     # The rest of a socket.
 
@@ -425,9 +526,10 @@ class TLSStream:
     def give_back(self) -> None:
         """Give memory back to the system until it is used again."""
         self._received_memory.madvise(mmap.MADV_DONTNEED)
-        if not self._backlog and self._sending.acquire(blocking=False):
+        if self._sending.acquire(blocking=False):
             try:
-                self._encrypted_memory.madvise(mmap.MADV_DONTNEED)
+                if not self._backlog:
+                    self._encrypted_memory.madvise(mmap.MADV_DONTNEED)
             finally:
                 self._sending.release()
 
@@ -499,13 +601,12 @@ class TLSStream:
             if not self._sending.acquire(timeout=0.1):
                 return
             try:
-                self._sock.setblocking(False)
                 with self._lock:
                     self._connection.shutdown()
-                if self._send_backlog():
-                    self._flush()
+                # The socket stays as it is: another thread may be receiving.
+                if self._send_backlog(wait=False):
+                    self._flush(wait=False)
             finally:
-                self._sock.settimeout(self._timeout)
                 self._sending.release()
 
     def __enter__(self) -> TLSStream:
@@ -525,9 +626,8 @@ def _chunks(parts: Iterable[Data]) -> Iterable[Data]:
             joined.append(part)
             length += size
             continue
-        if joined:
+        if length:  # OpenSSL writes nothing only with an error
             yield joined[0] if len(joined) == 1 else b"".join(joined)
-            joined, length = [], 0
         view = memoryview(part)
         while len(view) > _CHUNK:
             yield view[:_CHUNK]
@@ -559,8 +659,14 @@ _HANDSHAKE: Final[dict[str, tuple[str, str | None]]] = {
         "give one: --tls-certificates DIR, or --tls-cert and --tls-key",
     ),
     "alert bad certificate": ("the {peer} does not accept our certificate", None),
-    "alert certificate expired": ("the {peer} says that our certificate has expired", None),
-    "alert certificate revoked": ("the {peer} says that our certificate was revoked", None),
+    "alert certificate expired": (
+        "the {peer} says that our certificate, or what it checks it by, has expired",
+        "have it renewed, or check the clocks of both machines",
+    ),
+    "alert certificate revoked": (
+        "the {peer} says that our certificate was revoked",
+        "ask the authority for a new one",
+    ),
     "alert unsupported certificate": ("the {peer} cannot use our kind of certificate", None),
     "alert certificate unknown": ("the {peer} does not accept our certificate", None),
     "alert access denied": ("the {peer} does not let us in", None),
@@ -580,7 +686,11 @@ _HANDSHAKE: Final[dict[str, tuple[str, str | None]]] = {
         "the {peer} and we have no cipher or kind of credentials in common",
         "do both sides use certificates, or both pre-shared keys?",
     ),
-    "alert internal error": ("the {peer} failed in the handshake", "see its log"),
+    # OpenSSL's word for a name that is not in the certificate, too, if the program compares it.
+    "alert internal error": (
+        "the {peer} failed in the handshake, or takes our certificate for somebody else's",
+        "see what it says itself",
+    ),
     "no shared cipher": (
         "the {peer} and we have no cipher or kind of credentials in common",
         "do both sides use certificates, or both pre-shared keys?",
@@ -613,6 +723,9 @@ _KEY_ALERTS: Final = {
         "compare the key files on both sides",
     ),
 }
+
+# How a server fails if the client's key is another one, in TLS 1.3 and 1.2.
+_WRONG_KEY: Final = ("binder does not verify", "bad record mac", "record layer failure")
 
 # A server without certificates fails so if it finds no key to use.
 _NO_KEY: Final = frozenset(

@@ -20,6 +20,7 @@ from OpenSSL import SSL, crypto
 from nbdlink.errors import TLSError
 from nbdlink.transport import verification
 from nbdlink.transport.credentials import Credentials, PSKCredentials, X509Credentials
+from nbdlink.transport.tlsfiles import printable
 
 if TYPE_CHECKING:
     from nbdlink.transport.tls import TLSStream
@@ -33,6 +34,8 @@ _CIPHERS: Final = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!
 # OpenSSL takes keys from callbacks for SHA-256 only (SSL_CTX_set_psk_client_callback(3)).
 _PSK_SUITES: Final = b"TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256"
 _PSK_CIPHERS: Final = b"kECDHEPSK:kDHEPSK:PSK+AESGCM:!kRSAPSK:!aNULL:!eNULL:!SHA1"
+
+LASTING_SUITE: Final = "TLS_CHACHA20_POLY1305_SHA256"
 
 _SECRETS: Final = (b"CLIENT_TRAFFIC_SECRET_0", b"SERVER_TRAFFIC_SECRET_0")
 
@@ -52,6 +55,7 @@ class Judgement:
         has_keys: whether a pre-shared key has to be used.
         own_user: who we are there, for a client with such a key.
         unknown_user: whom the peer named, who has no key here.
+        kept: what OpenSSL calls back; the context may be gone before the connection.
     """
 
     host: str | None
@@ -64,6 +68,7 @@ class Judgement:
     has_keys: bool = False
     own_user: str | None = None
     unknown_user: str | None = None
+    kept: object = field(default=None, repr=False)
 
 
 class TLSContext:
@@ -73,10 +78,16 @@ class TLSContext:
         server: whether it is the server's side.
         verifies: whether the peer has to show a certificate that is trusted.
         has_keys: whether it is a matter of pre-shared keys.
+        has_certificate: whether there is a certificate to show.
     """
 
     def __init__(
-        self, credentials: Credentials, *, server: bool, verify_peer: bool | None = None
+        self,
+        credentials: Credentials,
+        *,
+        server: bool,
+        verify_peer: bool | None = None,
+        lasting: bool = False,
     ) -> None:
         """Prepare.
 
@@ -85,13 +96,19 @@ class TLSContext:
             server: which side.
             verify_peer: whether the peer must prove who it is; None for what is usual: a
                 server must, a client need not. Pre-shared keys always prove it.
+            lasting: whether to prefer the cipher whose keys need not be changed, however much
+                they encrypt (RFC 8446, section 5.5).
 
         Raises:
             TLSError: OpenSSL does not take the credentials.
         """
         self.server = server
+        self._lasting = lasting
         self.has_keys = isinstance(credentials, PSKCredentials)
         self.verifies = not self.has_keys and (not server if verify_peer is None else verify_peer)
+        self.has_certificate = not isinstance(credentials, PSKCredentials) and bool(
+            credentials.chain
+        )
         self._own_user: str | None = None
         self._kept: list[Any] = []  # callbacks, of which OpenSSL knows no more than the address
         self._revocations: tuple[x509.CertificateRevocationList, ...] = ()
@@ -99,7 +116,12 @@ class TLSContext:
         try:
             self._prepare(credentials)
         except SSL.Error as error:
-            raise TLSError(f"OpenSSL does not take the credentials: {reasons(error)}") from None
+            words = reasons(error)
+            hint = "RSA keys need 2048 bits or more" if "key too small" in words else None
+            named = "the credentials"
+            if isinstance(credentials, X509Credentials) and credentials.sources.certificate:
+                named = printable(credentials.sources.certificate)
+            raise TLSError(f"OpenSSL does not take {named}: {words}", hint=hint) from None
 
     def stream(self, sock: socket.socket, *, host: str | None = None) -> TLSStream:
         """Put TLS on a connected socket, which the stream takes over; `handshake` is next.
@@ -117,6 +139,7 @@ class TLSContext:
             self._revocations,
             has_keys=self.has_keys,
             own_user=self._own_user,
+            kept=self._kept,
         )
         connection = SSL.Connection(self._context, None)
         connection.set_app_data(judgement)
@@ -133,6 +156,9 @@ class TLSContext:
         context = self._context
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
         context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_TICKET | _OP_NO_RENEGOTIATION)
+        if self.server:
+            # Clients put AES with 256 bits, or ChaCha20, first, whatever their processor does best.
+            context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE)
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_keylog_callback(_note_secret)
         if isinstance(credentials, PSKCredentials):
@@ -140,9 +166,15 @@ class TLSContext:
         else:
             self._use_certificates(credentials)
 
+    def _ordered(self, suites: bytes) -> bytes:
+        first = LASTING_SUITE.encode()
+        if not self._lasting or first not in suites:
+            return suites
+        return b":".join([first, *(suite for suite in suites.split(b":") if suite != first)])
+
     def _use_certificates(self, credentials: X509Credentials) -> None:
         context = self._context
-        context.set_tls13_ciphersuites(_SUITES)
+        context.set_tls13_ciphersuites(self._ordered(_SUITES))
         context.set_cipher_list(_CIPHERS)
         if credentials.chain:
             own, *others = credentials.chain
@@ -179,7 +211,7 @@ class TLSContext:
                 "this build of OpenSSL has no pre-shared keys", hint="use certificates instead"
             )
         context = self._context
-        context.set_tls13_ciphersuites(_PSK_SUITES)
+        context.set_tls13_ciphersuites(self._ordered(_PSK_SUITES))
         context.set_cipher_list(_PSK_CIPHERS)
         if self.server:
             keys = {user.encode(): key for user, key in credentials.keys.items()}

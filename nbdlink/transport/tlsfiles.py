@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass, field, fields
-from typing import Final
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final
 
 from nbdlink.errors import ConfigError
 from nbdlink.transport.stream import reason
@@ -51,6 +52,15 @@ class CredentialFiles:
     def given(self) -> bool:
         """Whether anything was said at all."""
         return any(getattr(self, each.name) is not None for each in fields(self))
+
+    def absolute(self) -> CredentialFiles:
+        """Give the same with paths that hold wherever the process goes."""
+        paths = ("directory", "certificate", "key", "authority", "revocation", "passphrase", "psk")
+        said = {name: getattr(self, name) for name in paths}
+        absolute: dict[str, Any] = {
+            name: str(Path(path).absolute()) for name, path in said.items() if path is not None
+        }
+        return replace(self, **absolute)
 
 
 @dataclass(frozen=True, slots=True)

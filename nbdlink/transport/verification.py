@@ -242,7 +242,7 @@ _NAMES_SHOWN: Final = 5
 _REVOCATION_PROBLEMS: Final[dict[int, tuple[str, str | None]]] = {
     VerifyError.UNABLE_TO_GET_CRL: (
         "was not given",
-        "once there is one with --tls-crl, there has to be one of every authority involved",
+        "give that list as well, as ca-crl.pem or with --tls-crl",
     ),
     VerifyError.CRL_HAS_EXPIRED: ("expired", "fetch the current one, or check the clocks"),
     VerifyError.CRL_NOT_YET_VALID: ("is not valid yet", "check this machine's clock"),

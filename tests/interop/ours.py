@@ -32,7 +32,7 @@ class Server:
         pid: the server's, even if another program has started it.
     """
 
-    def __init__(self, folder, words, road="unix", under=()):
+    def __init__(self, folder, words, road="unix", under=(), exports=None):
         pid_file = folder / "pid"
         listen = ["-k", folder / "socket"] if road == "unix" else ["-b", "127.0.0.1", "-p", "0"]
         command = [*under, sys.executable, "-m", "nbdlink", "serve", "--pid-file", pid_file]
@@ -42,7 +42,8 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
         )
-        exports = sum("/" in str(word) for word in words)
+        if exports is None:
+            exports = sum("/" in str(word) for word in words)
         lines = [self._process.stdout.readline() for _ in range(exports)]
         self.uris = [line.partition(" is ")[0] for line in lines]
         assert all(self.uris), self._process.communicate(timeout=TIMEOUT)
@@ -66,7 +67,10 @@ class Server:
 
 @contextlib.contextmanager
 def serving(folder, *words, **options):
-    """Serve, from options and paths (with a slash in them) as `nbdlink serve` takes them."""
+    """Serve, from options and paths (with a slash in them) as `nbdlink serve` takes them.
+
+    Where options have paths too, say how many `exports` there are.
+    """
     server = Server(folder, words, **options)
     try:
         yield server
