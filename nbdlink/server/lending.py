@@ -8,6 +8,7 @@ begun, and gives the others back.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 from typing import Final, NamedTuple
 
@@ -71,7 +72,9 @@ class Lending:
         self._workers = workers
         self._executor = executor
         self._session = session
-        self._copy = buffer(form.data.size + _COPIED, 0)[1] if copies else None
+        # Data is page aligned: the kernel copies to odd addresses three times as slowly.
+        head = form.data.size
+        self._copy = buffer(head + _COPIED, mmap.PAGESIZE - head)[1] if copies else None
 
     def answer(self, cookie: int, offset: int, length: int, tick: int) -> int:
         """Answer a long read, now or with the next `send`.
@@ -126,7 +129,7 @@ class Lending:
         with self._outlet.lock if self._workers.pending else contextlib.nullcontext():
             self._outlet.send_locked(reply)
             while done < length:
-                piece = self._copy[: min(length - done, _COPIED)]
+                piece = self._copy[head : head + min(length - done, _COPIED)]
                 if not _fills(fd, piece, start + offset + done):
                     self._executor.finish_read(offset + done, length - done)
                     break

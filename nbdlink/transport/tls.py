@@ -52,9 +52,12 @@ _ALERT, _APPLICATION_DATA = 21, 23
 _RECORD_TYPES: Final = frozenset({20, _ALERT, 22, _APPLICATION_DATA})
 _LONGEST_RECORD: Final = (1 << 14) + 2048
 """Bytes of a protected record in TLS 1.2; in 1.3 they are fewer."""
-_CHUNK: Final = 128 * 1024
-"""Bytes that are encrypted or received in one go: small enough for the processor's cache."""
-_ROOM: Final = _CHUNK + _CHUNK // 256
+_CHUNK: Final = 132 * 1024
+"""Bytes that are encrypted or received in one go: 128 KiB of data and the headers to it.
+
+That is small enough for the processor's cache.
+"""
+_ROOM: Final = _CHUNK + 4096
 """Bytes that a chunk has once it is encrypted, at most: 22 more for each 16 KiB, and alerts."""
 _WAITALL: Final = int(socket.MSG_WAITALL)
 
@@ -111,10 +114,10 @@ class TLSStream:
         # Mapped memory costs nothing before it is touched, and can be given back.
         self._received_memory = mmap.mmap(-1, _CHUNK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._received = memoryview(self._received_memory)
-        self._received_at = _ffi.from_buffer(self._received)
+        self._received_at = _ffi.from_buffer(self._received_memory)
         self._encrypted_memory = mmap.mmap(-1, _ROOM, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._encrypted = memoryview(self._encrypted_memory)
-        self._encrypted_at = _ffi.from_buffer(self._encrypted)
+        self._encrypted_at = _ffi.from_buffer(self._encrypted_memory)
         self._backlog = self._encrypted[:0]  # encrypted, and not yet taken by the socket
         self._memory = _ffi.new("char **")
         self._place: Any = None  # where was received last, and the same for OpenSSL
@@ -294,7 +297,7 @@ class TLSStream:
         if place is self._place:
             target = self._target
         else:
-            target = _ffi.from_buffer(place)
+            target = _address(place)
             if self._timeout is None:
                 # A server's inbox. A client's buffers are let go: they may be resized later.
                 self._place, self._target = place, target
@@ -614,6 +617,16 @@ class TLSStream:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _address(place: bytearray | memoryview) -> Any:
+    """Give where memory is, for OpenSSL; whoever uses that must keep `place`.
+
+    What `from_buffer` gives is let go at once. Should it be garbage together with a memoryview
+    that it was made from, as part of an exception's frames, then Python 3.11 crashes in its
+    collector (CPython issue 77894).
+    """
+    return _ffi.cast("char *", _ffi.from_buffer(place))
 
 
 def _chunks(parts: Iterable[Data]) -> Iterable[Data]:

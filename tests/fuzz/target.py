@@ -101,7 +101,7 @@ def _serve(sock, catalogue, failures):
     """Do what a service does with a client; keep what it would have called a bug."""
     session = Session(1, sock)
     try:
-        negotiated = negotiate(sock, catalogue, Deadline(PATIENCE))
+        negotiated = negotiate(session, catalogue, Deadline(PATIENCE))
         if negotiated is not None:
             Transmission(session, negotiated).run()
     except (RemoteProtocolError, TransportError, ConnectionError):

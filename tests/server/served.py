@@ -18,10 +18,15 @@ class GeneralStorage(RawStorage):
     def lend(self, offset, length):
         raise AssertionError
 
-kind, image, folder, transport = sys.argv[1:]
+kind, image, folder, transport, credentials = sys.argv[1:]
+security = None
+if credentials:
+    from nbdlink.server.security import ServerSecurity
+    from nbdlink.transport.tlsfiles import CredentialFiles
+    security = ServerSecurity("require", CredentialFiles(directory=credentials))
 storage = (GeneralStorage if kind == "general" else RawStorage).open(image)
 unix = folder + "/socket" if transport == "unix" else None
-with serve_in_thread({"": storage}, unix=unix, grace=0.5) as service:
+with serve_in_thread({"": storage}, unix=unix, grace=0.5, security=security) as service:
     print(unix or service.addresses[0][1], flush=True)
     sys.stdin.read()
 """
@@ -43,9 +48,10 @@ class Server:
         pid: the process.
     """
 
-    def __init__(self, folder, image, *, kind="plain", transport="unix", prefix=()):
+    def __init__(self, folder, image, *, kind="plain", transport="unix", prefix=(), credentials=""):
+        program = [sys.executable, "-c", PROGRAM, kind, image, folder, transport]
         self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-c", PROGRAM, kind, image, folder, transport],
+            [*prefix, *program, str(credentials)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
