@@ -56,7 +56,7 @@ from nbdlink.protocol.constants import (
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
 from nbdlink.server.dispatcher import WHOLE, Dispatcher
 from nbdlink.server.intake import INBOX, HungUpError, Intake, buffer
-from nbdlink.server.lending import LONG, Lending, Read
+from nbdlink.server.lending import COPIED, LONG, Lending, Read
 from nbdlink.server.negotiate import NegotiatedSession
 from nbdlink.server.outlet import Outlet, Part
 from nbdlink.server.pace import Pace, set_policy
@@ -136,7 +136,8 @@ class Transmission:
         )
         # Data is page aligned behind the first header.
         head = form.data.size
-        self._outbox_memory, self._outbox = buffer(_OUTBOX + LONG + head, mmap.PAGESIZE - head)
+        size = _OUTBOX + head + max(LONG, COPIED)
+        self._outbox_memory, self._outbox = buffer(size, mmap.PAGESIZE - head)
 
     def run(self) -> str:
         """Serve until the client leaves; give the words for how it left.
@@ -203,6 +204,8 @@ class Transmission:
             assert self._lending
             file, base, in_memory, mapping = plain
             short, long = LONG, self._rules.maximum_payload
+            if self._copies and not self._storage.is_sparse:
+                short = COPIED + 1
             whole = -1 if self._export.is_read_only else WHOLE
             parts, reads = self._lending.parts, self._lending.reads
             seen, nowait = None if in_memory else mapping.seen, mapping.nowait
@@ -289,6 +292,10 @@ class Transmission:
                                 aside.dispatch(_READ, 0, cookie, offset, length)
                                 continue
 
+                        if position and length >= LONG:
+                            # Data at the front is page aligned. The kernel copies to odd addresses
+                            # three times as slowly.
+                            position = lent = self._send_all(position, lent)
                         body = position + data_header
                         after = body + length
                         try:

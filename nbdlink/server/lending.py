@@ -23,7 +23,7 @@ from nbdlink.storage.base import PlainFile, Storage
 
 LONG: Final = 32 * 1024
 """Bytes from which on it is worth while to look for holes before a read."""
-_COPIED: Final = 128 * 1024
+COPIED: Final = 128 * 1024
 """Bytes that are copied and encrypted in one go: they stay in the processor's cache."""
 
 _READ: Final = int(Command.READ)
@@ -74,7 +74,7 @@ class Lending:
         self._session = session
         # Data is page aligned: the kernel copies to odd addresses three times as slowly.
         head = form.data.size
-        self._copy = buffer(head + _COPIED, mmap.PAGESIZE - head)[1] if copies else None
+        self._copy = buffer(head + COPIED, mmap.PAGESIZE - head)[1] if copies else None
 
     def answer(self, cookie: int, offset: int, length: int, tick: int) -> int:
         """Answer a long read, now or with the next `send`.
@@ -121,7 +121,7 @@ class Lending:
     def _answer_with_copy(self, cookie: int, offset: int, length: int) -> int:
         assert self._copy is not None
         head, fd, start = self._form.data.size, self._plain.fd, self._plain.start
-        reply = self._copy[: head + min(length, _COPIED)]
+        reply = self._copy[: head + min(length, COPIED)]
         if not _fills(fd, reply[head:], start + offset):
             return -1
         reply[:head] = self._form.data_header(cookie, offset, length)
@@ -129,7 +129,7 @@ class Lending:
         with self._outlet.lock if self._workers.pending else contextlib.nullcontext():
             self._outlet.send_locked(reply)
             while done < length:
-                piece = self._copy[head : head + min(length - done, _COPIED)]
+                piece = self._copy[head : head + min(length - done, COPIED)]
                 if not _fills(fd, piece, start + offset + done):
                     self._executor.finish_read(offset + done, length - done)
                     break
