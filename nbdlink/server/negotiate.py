@@ -83,6 +83,7 @@ class Negotiation:
 
     Attributes:
         export: what the client chose, once transmission begins.
+        security: whether there is TLS, and for whom; None for none.
         denial: why the client may not have what it asked for last, or None.
     """
 
@@ -91,6 +92,7 @@ class Negotiation:
         catalogue: Catalogue,
         is_closing: Callable[[], bool] = lambda: False,
         security: ServerSecurity | None = None,
+        machine: Handshake | None = None,
     ) -> None:
         """Begin a handshake.
 
@@ -99,11 +101,13 @@ class Negotiation:
             is_closing: tells whether the server is about to stop; from then on every option
                 that would lead to transmission is answered ERR_SHUTDOWN.
             security: whether there is TLS, and for whom; None for none.
+            machine: where another negotiation has come to when TLS was about to begin, which
+                forgets all else.
         """
-        self._machine = Handshake(Role.SERVER)
+        self._machine = machine or Handshake(Role.SERVER)
         self._catalogue = catalogue
         self._is_closing = is_closing
-        self._security = security
+        self.security = security
         self._mode = security.mode if security else "off"
         self._has_tls = False
         self._peer: str | None = None
@@ -144,6 +148,16 @@ class Negotiation:
             self._machine.style,
             self._selected(self.export),
         )
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the server is about to stop."""
+        return self._is_closing()
+
+    @property
+    def machine(self) -> Handshake:
+        """Where the handshake stands."""
+        return self._machine
 
     @property
     def wants_tls(self) -> bool:
@@ -320,7 +334,7 @@ class Negotiation:
     # Who may do what.
 
     def _is_admitted(self) -> bool:
-        return not self._has_tls or self._security is None or self._security.admits(self._peer)
+        return not self._has_tls or self.security is None or self.security.admits(self._peer)
 
     def _stranger(self) -> str:
         return f"{self._peer or 'a client without a certificate'} may not use this server"
@@ -360,47 +374,46 @@ def _short(name: str) -> str:
 
 def negotiate(
     session: Session,
-    catalogue: Catalogue,
+    negotiation: Negotiation,
     deadline: Deadline,
-    is_closing: Callable[[], bool] = lambda: False,
-    security: ServerSecurity | None = None,
+    move: Callable[[Handshake], bool] = lambda _: False,
 ) -> NegotiatedSession | None:
     """Do the handshake with a client; None if it left without choosing an export.
 
     The session's socket, which may be one with TLS now, is left blocking, without a timeout.
-    For `is_closing` and `security` see `Negotiation`.
+
+    Args:
+        session: the client's.
+        negotiation: what decides; just begun, or with TLS about to begin.
+        deadline: when the client must have chosen.
+        move: called when TLS is about to begin; if it gives True, somebody else has gone on
+            from there with the client, and it is None that is returned.
 
     Raises:
         TransportError: the deadline passed, or the connection broke.
         RemoteProtocolError: the client broke the protocol.
         TLSError: the client and we do not come to terms.
     """
-    negotiation = Negotiation(catalogue, is_closing, security)
-    stream.send(session.sock, negotiation.greeting(), deadline)
+    if not negotiation.wants_tls:
+        stream.send(session.sock, negotiation.greeting(), deadline)
     is_fresh = False  # whether TLS has just begun
-    while (negotiated := negotiation.session()) is None:
+    while (negotiated := negotiation.session()) is None and not negotiation.ended:
         try:
+            if negotiation.wants_tls:
+                if move(negotiation.machine):
+                    return None
+                is_fresh = True
+                _begin_tls(session, negotiation, deadline)
             data = stream.receive(session.sock, deadline)
         except TransportError as error:
-            if is_fresh and security is not None and not is_closing():
-                raise _broken_off(session, error, security) from None
+            if is_fresh and not negotiation.is_closing:
+                raise _broken_off(session, error, negotiation) from None
             raise
         is_fresh = False
         if not data:
             break
         for answer in negotiation.answers(data):
             stream.send(session.sock, answer, deadline)
-        if negotiation.ended:
-            break
-        if negotiation.wants_tls:
-            assert security is not None
-            try:
-                _begin_tls(session, negotiation, security, deadline)
-            except TransportError as error:
-                if is_closing():
-                    raise
-                raise _broken_off(session, error, security) from None
-            is_fresh = True
     if negotiated is None:
         if negotiation.denial:
             _log.warning("%s: refused: %s", session.peer, negotiation.denial)
@@ -410,12 +423,11 @@ def negotiate(
     return negotiated
 
 
-def _begin_tls(
-    session: Session, negotiation: Negotiation, security: ServerSecurity, deadline: Deadline
-) -> None:
+def _begin_tls(session: Session, negotiation: Negotiation, deadline: Deadline) -> None:
     sock = session.sock
     assert isinstance(sock, socket.socket)
-    secured = security.stream(sock)
+    assert negotiation.security is not None
+    secured = negotiation.security.stream(sock)
     session.adopt(secured)
     try:
         agreed = secured.handshake(deadline)
@@ -428,16 +440,17 @@ def _begin_tls(
     )
 
 
-def _broken_off(session: Session, error: TransportError, security: ServerSecurity) -> NBDError:
+def _broken_off(session: Session, error: TransportError, negotiation: Negotiation) -> NBDError:
     """Say what it may be if a client breaks TLS off at its beginning.
 
     Programs with GnuTLS close the connection without an alert, in the handshake or behind it.
     """
     if session.ending or isinstance(error.__context__, TimeoutError):
         return error
-    what = (
-        "has another key than we have" if security.has_keys else "does not believe our certificate"
-    )
+    security = negotiation.security
+    what = "does not believe our certificate"
+    if security is not None and security.has_keys:
+        what = "has another key than we have"
     return TLSError(f"it broke TLS off; perhaps it {what} ({error})")
 
 

@@ -3,7 +3,9 @@
 How it works. The processes are forked before the service has any thread, with the storages open.
 The first process accepts, negotiates and keeps the books; once a client has come to
 transmission, its socket goes to the process with the fewest connections, over a Unix socket,
-together with what was agreed on. There `Transmission` runs as it would here. The client's
+together with what was agreed on. There `Transmission` runs as it would here. With TLS it goes
+there when TLS is about to begin, which is when all that was agreed on is forgotten anyway, and
+the rest of the negotiation takes place there: what OpenSSL has begun cannot be moved. The client's
 thread in the first process waits for the outcome meanwhile, so nothing else needs to know:
 limits, the graceful end, the log and `Session.cut` (both have the same socket) work alike.
 
@@ -38,10 +40,13 @@ from nbdlink.errors import (
     TransportError,
 )
 from nbdlink.protocol.constants import HeaderStyle
+from nbdlink.protocol.handshake import Handshake
 from nbdlink.server.engine import Transmission
 from nbdlink.server.export import Catalogue
-from nbdlink.server.negotiate import NegotiatedSession
+from nbdlink.server.negotiate import NegotiatedSession, Negotiation, negotiate
+from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Phase, Session
+from nbdlink.transport.stream import Deadline
 
 _log = logging.getLogger("nbdlink.server")
 
@@ -64,12 +69,15 @@ class _Child:
 class Processes:
     """The further processes of a service."""
 
-    def __init__(self, count: int, catalogue: Catalogue) -> None:
+    def __init__(
+        self, count: int, catalogue: Catalogue, security: ServerSecurity | None = None
+    ) -> None:
         """Plan for `count` processes; none is there before `start`."""
         self._count = count
         self._catalogue = catalogue
+        self._security = security
         self._children: list[_Child] = []
-        self._here = 0
+        self._here: set[int] = set()  # numbers of the sessions that this process serves
         self._lock = threading.Lock()
 
     # In the first process.
@@ -99,7 +107,7 @@ class Processes:
                 ours.close()
                 for child in self._children:
                     child.control.close()
-                _Server(self._catalogue, theirs).run(begin)
+                _Server(self._catalogue, self._security, theirs).run(begin)
             theirs.close()
             self._children.append(_Child(pid, ours))
         for child in self._children:
@@ -111,60 +119,114 @@ class Processes:
         """Serve a client in the process with the fewest; give the words for how it left.
 
         Raises:
-            RemoteProtocolError, StorageError, OSError: as `Transmission.run`.
+            RemoteProtocolError, StorageError, TransportError, TLSError, OSError: as
+                `Transmission.run`.
             NBDError: the process has died.
         """
-        child = self._choose(session, negotiated)
-        try:
-            if child is None:
-                return Transmission(session, negotiated).run()
-            return self._serve_there(child, session, negotiated)
-        finally:
+        # TLS that OpenSSL does lives in the process where it has begun.
+        may_move = isinstance(session.sock, socket.socket) and negotiated.export.storage.may_fork
+        child = self._choose(session) if may_move else None
+        if child is None:
             with self._lock:
-                if child is None:
-                    self._here -= 1
-                else:
-                    child.sessions.pop(session.number, None)
-
-    def _choose(self, session: Session, negotiated: NegotiatedSession) -> _Child | None:
-        """Give the process with the fewest connections, or None for this one."""
-        with self._lock:
-            children = [child for child in self._children if child.alive]
-            best = min(children, key=lambda child: len(child.sessions), default=None)
-            if (
-                best is None
-                or not isinstance(session.sock, socket.socket)  # TLS lives in this process
-                or not negotiated.export.storage.may_fork
-                or self._here <= len(best.sessions)
-            ):
-                self._here += 1
-                return None
-            return best
-
-    def _serve_there(self, child: _Child, session: Session, negotiated: NegotiatedSession) -> str:
-        outcome: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        with self._lock:
-            child.sessions[session.number] = outcome
+                self._here.add(session.number)
+            return Transmission(session, negotiated).run()
         task = (
-            session.number,
             negotiated.export.name,
             negotiated.trailing,
             int(negotiated.style),
             dict(negotiated.contexts),
             session.is_bare,
         )
+        return self._serve_there(child, session, "serve", task)
+
+    def secure(
+        self,
+        session: Session,
+        machine: Handshake,
+        seconds: float | None,
+        begun: Callable[[str], None],
+    ) -> str | None:
+        """Have the process with the fewest clients begin TLS with one, and serve it.
+
+        So the processes share the work of OpenSSL, which cannot be moved once it has begun.
+
+        Args:
+            session: the client's.
+            machine: its handshake, in which TLS is next.
+            seconds: what is left of the time for that.
+            begun: called with the export's name once the client has chosen one.
+
+        Returns:
+            The words for how it left, none if it chose no export; None if it has to be served
+            in this process.
+
+        Raises:
+            RemoteProtocolError, StorageError, TransportError, TLSError, OSError: as `negotiate`
+                and `Transmission.run`.
+            NBDError: the process has died.
+        """
+        if not all(storage.may_fork for storage in self._catalogue.storages):
+            return None
+        child = self._choose(session)
+        if child is None:
+            return None
+        return self._serve_there(child, session, "secure", (machine, seconds), begun)
+
+    def forget(self, session: Session) -> None:
+        """Take note that a client has gone."""
+        with self._lock:
+            self._here.discard(session.number)
+
+    def _choose(self, session: Session) -> _Child | None:
+        """Give the process with the fewest connections, or None for this one."""
+        with self._lock:
+            self._here.discard(session.number)
+            children = [child for child in self._children if child.alive]
+            best = min(children, key=lambda child: len(child.sessions), default=None)
+            if best is None or len(self._here) <= len(best.sessions):
+                self._here.add(session.number)
+                return None
+            return best
+
+    def _serve_there(
+        self,
+        child: _Child,
+        session: Session,
+        command: str,
+        task: tuple[Any, ...],
+        begun: Callable[[str], None] = lambda _: None,
+    ) -> str:
+        outcome: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        with self._lock:
+            child.sessions[session.number] = outcome
         try:
-            message = pickle.dumps(("serve", *task))
-            socket.send_fds(child.control, [message], [session.sock.fileno()])
-        except OSError:
-            raise NBDError(f"process {child.pid} has died") from None
-        session.elsewhere = lambda: self._end(child)
-        if session.ending:  # it may have come in between
-            session.elsewhere()
-        kind, progress, errors, session.is_deaf, *rest = outcome.get()
-        session.progress = progress
-        session.count(errors=errors)
-        return _unfold(kind, rest)
+            try:
+                message = pickle.dumps((command, session.number, *task))
+                socket.send_fds(child.control, [message], [session.sock.fileno()])
+            except OSError:
+                raise NBDError(f"process {child.pid} has died") from None
+            session.elsewhere = lambda: self._end(child)
+            if session.ending:  # it may have come in between
+                session.elsewhere()
+            while (said := outcome.get())[0] == "begun":
+                begun(said[1])
+            kind, session.progress, errors, session.is_deaf, *rest = said
+            session.count(errors=errors)
+            return _unfold(kind, rest)
+        finally:
+            with self._lock:
+                child.sessions.pop(session.number, None)
+
+    def end(self) -> None:
+        """Tell all processes that it is the end: no client comes to transmission any more."""
+        for child in self._children:
+            self._end(child)
+
+    def reload(self) -> None:
+        """Have all processes load the credentials anew."""
+        for child in self._children:
+            with contextlib.suppress(OSError):
+                child.control.send(pickle.dumps(("reload", 0)))
 
     def _end(self, child: _Child) -> None:
         """Tell a process, once, that all its sessions are to end: that is the only reason."""
@@ -216,9 +278,13 @@ def _has_ended(pid: int, deadline: float) -> bool:
 class _Server:
     """One of the further processes, seen from itself."""
 
-    def __init__(self, catalogue: Catalogue, control: socket.socket) -> None:
+    def __init__(
+        self, catalogue: Catalogue, security: ServerSecurity | None, control: socket.socket
+    ) -> None:
         self._catalogue = catalogue
+        self._security = security
         self._control = control
+        self._closing = False
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
 
@@ -238,6 +304,10 @@ class _Server:
                 command, number, *task = pickle.loads(message)
                 if command == "end":
                     self._end()
+                elif command == "reload":
+                    self._reload()
+                elif descriptors and command == "secure":
+                    self._secure(number, descriptors[0], *task)
                 elif descriptors:
                     self._begin(number, descriptors[0], *task)
                 else:  # lost on the way
@@ -252,8 +322,16 @@ class _Server:
 
     def _end(self) -> None:
         with self._lock:
+            self._closing = True
             for session in self._sessions.values():
-                session.end()
+                if session.phase is Phase.TRANSMISSION:
+                    session.end()
+
+    def _reload(self) -> None:
+        # The first process has said what came of it.
+        with contextlib.suppress(NBDError):
+            if self._security is not None:
+                self._security.reload()
 
     def _begin(
         self,
@@ -271,22 +349,46 @@ class _Server:
         export = self._catalogue.find(name)
         assert export is not None
         negotiated = NegotiatedSession(export, trailing, HeaderStyle(style), contexts)
+        self._start(session, lambda: Transmission(session, negotiated).run())
+
+    def _secure(self, number: int, fd: int, machine: Handshake, seconds: float | None) -> None:
+        session = Session(number, socket.socket(fileno=fd))
+        negotiation = Negotiation(self._catalogue, lambda: self._closing, self._security, machine)
+        deadline = Deadline(seconds)
+
+        def serve() -> str:
+            negotiated = negotiate(session, negotiation, deadline)
+            if negotiated is None:
+                return ""
+            with self._lock:
+                session.export = negotiated.export.name
+                session.phase = Phase.TRANSMISSION
+                if self._closing:
+                    session.end()
+            self._control.send(pickle.dumps((number, "begun", session.export)))
+            return Transmission(session, negotiated).run()
+
+        self._start(session, serve)
+
+    def _start(self, session: Session, serve: Callable[[], str]) -> None:
         with self._lock:
-            self._sessions[number] = session
+            self._sessions[session.number] = session
         work = threading.Thread(
-            target=self._serve, args=(session, negotiated), name=f"nbd-session-{number}"
+            target=lambda: self._finish(session, _fold(serve)),
+            name=f"nbd-session-{session.number}",
         )
         try:
             work.start()
         except RuntimeError as error:
             self._finish(session, ("bug", str(error)))
 
-    def _serve(self, session: Session, negotiated: NegotiatedSession) -> None:
-        self._finish(session, _fold(lambda: Transmission(session, negotiated).run()))
-
     def _finish(self, session: Session, outcome: tuple[Any, ...]) -> None:
         with self._lock:  # or it might be told to end when its descriptor is somebody else's
             self._sessions.pop(session.number, None)
+            if not session.is_bare:
+                # The end is announced by who has the keys.
+                with contextlib.suppress(OSError):
+                    session.sock.shutdown(socket.SHUT_WR)
             session.sock.close()
         info = session.info()
         progress = info.requests, info.bytes_read, info.bytes_written

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import math
 import os
@@ -32,6 +33,7 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
+from nbdlink.protocol.handshake import Handshake
 from nbdlink.server import negotiate
 from nbdlink.server.export import Catalogue, Export
 from nbdlink.server.processes import Processes
@@ -109,7 +111,7 @@ class Service:
         self.catalogue = catalogue
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
         self.addresses = [_address(sock) for sock in listeners]
-        self._processes = Processes(processes, catalogue)
+        self._processes = Processes(processes, catalogue, security)
         self._on_fork = on_fork
         self._security = security
         self._listeners = list(listeners)
@@ -240,6 +242,7 @@ class Service:
             _log.error("the credentials stay as they are: %s", error)
         else:
             _log.warning("the credentials have been loaded anew")
+            self._processes.reload()
 
     def uri(self, export: str = "") -> str:
         """Give the URI of an export at the first address, for a client on this machine."""
@@ -325,6 +328,7 @@ class Service:
         if self._grace_ends == math.inf:
             self._grace_ends = time.monotonic() + self._grace
             self.sessions.end()
+            self._processes.end()
             self._on_stopping()
 
     def _make_room(self, newcomer: Session) -> None:
@@ -401,6 +405,7 @@ class Service:
         finally:
             if session.phase is Phase.TRANSMISSION:
                 self._served = True
+            self._processes.forget(session)
             self.sessions.remove(session)
             session.sock.close()
 
@@ -408,22 +413,30 @@ class Service:
         assert isinstance(session.sock, socket.socket)
         stream.tune(session.sock)
         deadline = Deadline(self._negotiation_timeout)
-        negotiated = negotiate.negotiate(
-            session,
-            self.catalogue,
-            deadline,
-            is_closing=lambda: self._stopping,
-            security=self._security,
-        )
-        if negotiated is None:
+        negotiation = negotiate.Negotiation(self.catalogue, lambda: self._stopping, self._security)
+        how: str | None = None
+
+        def move(machine: Handshake) -> bool:
+            nonlocal how
+            with contextlib.suppress(TimeoutError):
+                begun = functools.partial(self._begin_transmission, session)
+                how = self._processes.secure(session, machine, deadline.left(), begun)
+            return how is not None
+
+        negotiated = negotiate.negotiate(session, negotiation, deadline, move)
+        if negotiated is not None:
+            self._begin_transmission(session, negotiated.export.name)
+            how = self._processes.serve(session, negotiated)
+        if not how:
             _log.debug("%s: left without choosing an export", session.peer)
             return
-        self.sessions.begin_transmission(session, negotiated.export.name)
-        _log.info("%s: connected to export %r", session.peer, session.export)
-        how = self._processes.serve(session, negotiated)
         _log.info("%s: %s after %d requests", session.peer, how, session.progress[0])
         if session.ending:
             session.take_leave()
+
+    def _begin_transmission(self, session: Session, export: str) -> None:
+        self.sessions.begin_transmission(session, export)
+        _log.info("%s: connected to export %r", session.peer, export)
 
     # The end.
 

@@ -13,7 +13,7 @@ import time
 from nbdlink.errors import RemoteProtocolError, TransportError
 from nbdlink.server import Catalogue, Export
 from nbdlink.server.engine import Transmission
-from nbdlink.server.negotiate import negotiate
+from nbdlink.server.negotiate import Negotiation, negotiate
 from nbdlink.server.sessions import Session
 from nbdlink.storage.raw import RawStorage
 from nbdlink.transport.stream import Deadline
@@ -101,7 +101,7 @@ def _serve(sock, catalogue, failures):
     """Do what a service does with a client; keep what it would have called a bug."""
     session = Session(1, sock)
     try:
-        negotiated = negotiate(session, catalogue, Deadline(PATIENCE))
+        negotiated = negotiate(session, Negotiation(catalogue), Deadline(PATIENCE))
         if negotiated is not None:
             Transmission(session, negotiated).run()
     except (RemoteProtocolError, TransportError, ConnectionError):

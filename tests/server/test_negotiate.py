@@ -401,7 +401,7 @@ def ends():
 def test_a_negotiated_socket_is_left_blocking(ends):
     client, server = ends
     client.sendall(SCRIPT)
-    session = negotiate(Session(1, server), CATALOGUE, Deadline(10))
+    session = negotiate(Session(1, server), Negotiation(CATALOGUE), Deadline(10))
     assert session.trailing == b"trailing"
     assert server.gettimeout() is None
 
@@ -413,13 +413,13 @@ def test_a_client_that_leaves_is_no_error(ends, said):
     client, server = ends
     client.sendall(said)
     client.shutdown(socket.SHUT_WR)
-    assert negotiate(Session(1, server), CATALOGUE, Deadline(10)) is None
+    assert negotiate(Session(1, server), Negotiation(CATALOGUE), Deadline(10)) is None
 
 
 def test_a_client_that_aborts_is_no_error(ends):
     client, server = ends
     client.sendall(struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", Option.ABORT, 0))
-    assert negotiate(Session(1, server), CATALOGUE, Deadline(10)) is None
+    assert negotiate(Session(1, server), Negotiation(CATALOGUE), Deadline(10)) is None
     assert client.recv(1000)[18:] == Reply(Option.ABORT, OptionReply.ACK).pack()
 
 
@@ -428,4 +428,4 @@ def test_a_client_that_dawdles_runs_out_of_time(ends, said):
     client, server = ends
     client.sendall(said)
     with pytest.raises(TransportError, match="within"):
-        negotiate(Session(1, server), CATALOGUE, Deadline(0.05))
+        negotiate(Session(1, server), Negotiation(CATALOGUE), Deadline(0.05))
