@@ -40,7 +40,7 @@ from resource import RUSAGE_THREAD, getrusage
 from time import monotonic
 from typing import Final
 
-from nbdlink.errors import RemoteProtocolError
+from nbdlink.errors import RemoteProtocolError, TransportError
 from nbdlink.protocol.constants import (
     EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
@@ -148,12 +148,12 @@ class Transmission:
             OSError: the connection broke.
         """
         workers = self._workers
-        lost: OSError | None = None
+        lost: OSError | TransportError | None = None
         try:
             how = self._serve()
         except HungUpError:
             how = "hung up in the middle of a request"
-        except OSError as error:
+        except (OSError, TransportError) as error:
             # A worker may have cut the connection, and then this is only how it shows.
             how, lost = "", error
         except BaseException:

@@ -241,8 +241,8 @@ class Service:
         except NBDError as error:
             _log.error("the credentials stay as they are: %s", error)
         else:
-            _log.warning("the credentials have been loaded anew")
             self._processes.reload()
+            _log.warning("the credentials have been loaded anew")
 
     def uri(self, export: str = "") -> str:
         """Give the URI of an export at the first address, for a client on this machine."""

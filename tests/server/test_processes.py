@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import subprocess
@@ -12,21 +13,28 @@ from pathlib import Path
 
 import pytest
 
+from nbdlink.errors import TransportError
 from nbdlink.server import Catalogue, Export
 from nbdlink.server.processes import Processes
 from nbdlink.storage.raw import RawStorage
 
-from .fakes import DISC, READ, WRITE, MemoryStorage, RawClient, request
+from ..transport.pairs import authority, identity
+from .fakes import DISC, OPT_STARTTLS, READ, WRITE, MemoryStorage, RawClient, request
+from .tls_client import TLSClient
 
 
 class Server:
     """`nbdlink serve --processes 3`, as `RawClient` needs it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, tls):
+        self.client = functools.partial(TLSClient if tls else RawClient, self)
         self.image = folder / "image"
         self.image.write_bytes(bytes(1 << 20))
         self.addresses = [str(folder / "socket")]
         words = f"-v --processes 3 -k {self.addresses[0]} {self.image}".split()
+        if tls:
+            self.credentials = authority().write_directory(folder, server=identity("server"))
+            words += ["--tls-certificates", str(self.credentials)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nbdlink", "serve", *words],
             stdout=subprocess.PIPE,
@@ -46,9 +54,10 @@ class Server:
         return self.process.returncode, log
 
 
-@pytest.fixture
-def server(tmp_path):
-    server = Server(tmp_path)
+# With TLS it begins in the process that serves the client.
+@pytest.fixture(params=["plain", "tls"])
+def server(tmp_path, request):
+    server = Server(tmp_path, request.param == "tls")
     try:
         yield server
     finally:
@@ -65,7 +74,7 @@ def threads(pid):
 def four(server):
     """Four clients, one in each process."""
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(RawClient(server)) for _ in range(4)]
+        clients = [stack.enter_context(server.client()) for _ in range(4)]
         for client in clients:
             assert client.ask(READ, 0, 512) == (0, bytes(512))
         yield clients
@@ -79,7 +88,7 @@ def test_the_place_of_one_that_left_is_taken(server, four, eventually):
     four[1].send(request(DISC))
     assert four[1].hung_up()
     eventually(lambda: sorted(threads(child) for child in server.children) == [1, 2, 2])
-    with RawClient(server) as client:
+    with server.client() as client:
         assert client.ask(READ, 0, 16) == (0, bytes(16))
         assert [threads(child) for child in server.children] == [2, 2, 2]
 
@@ -120,19 +129,83 @@ def test_no_process_outlives_the_first(server, four, eventually):
     server.process.kill()
     for child in children:
         eventually(lambda child=child: not Path(f"/proc/{child}/exe").exists())
-    assert all(client.hung_up() for client in four)
+    assert all(map(_is_gone, four))
 
 
 def test_a_process_that_dies_takes_only_its_own_clients_along(server, four):
     os.kill(server.children[0], signal.SIGKILL)
     dead = [client for client in four if not _answers(client)]
     assert len(dead) == 1
-    with RawClient(server) as client:
+    with server.client() as client:
         assert client.ask(READ, 0, 16) == (0, bytes(16))
     server.process.terminate()
     status, log = server.end()
     assert status == 0
     assert "which served it, has died" in log
+
+
+@pytest.fixture
+def secured(tmp_path):
+    server = Server(tmp_path, True)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()
+
+
+def shown(client):
+    """Give the number of the certificate that the server has shown."""
+    return client.sock.session.certificate.serial_number
+
+
+def test_every_process_loads_the_credentials_anew(secured, eventually):
+    with contextlib.ExitStack() as stack:
+        before = [stack.enter_context(secured.client()) for _ in range(4)]
+        new = authority().issue()
+        authority().write_directory(secured.credentials, server=new)
+        secured.process.send_signal(signal.SIGHUP)
+        assert "loaded anew" in _line_with("credentials", secured.process.stderr)
+        # The others hear of it one after the other, from a queue that keeps the order.
+        after = [stack.enter_context(secured.client()) for _ in range(4)]
+        assert {shown(client) for client in after} == {new.certificate.serial_number}
+        assert shown(before[0]) != new.certificate.serial_number
+        assert all(map(_answers, before))
+
+
+def test_who_leaves_before_choosing_an_export_takes_no_place(secured, eventually):
+    for _ in range(8):
+        client = secured.client(handshake=False)
+        client.sock.close()
+    eventually(lambda: [threads(child) for child in secured.children] == [1, 1, 1])
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(secured.client())
+        assert [threads(child) for child in secured.children] == [2, 2, 2]
+
+
+def test_a_refused_handshake_is_told_once_wherever_it_was(secured):
+    with secured.client():  # which occupies the first process
+        client = secured.client(tls=False, handshake=False)
+        client.option(OPT_STARTTLS)
+        client.send(b"this is not TLS at all")
+        assert client.rest()[:1] in (b"", b"\x15")
+        client.sock.close()
+    secured.process.terminate()
+    status, log = secured.end()
+    assert (status, log.count("does not speak TLS")) == (0, 1), log
+
+
+def _line_with(words, stream):
+    return next(line for line in stream if words in line)
+
+
+def _is_gone(client):
+    try:
+        return client.hung_up()
+    except TransportError:  # with TLS: an end without a goodbye
+        return True
 
 
 def _answers(client):
