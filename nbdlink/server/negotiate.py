@@ -455,13 +455,21 @@ def _broken_off(session: Session, error: TransportError, negotiation: Negotiatio
 
 
 def _hand_over(session: Session) -> None:
-    """Let the kernel go on with TLS if it can."""
+    """Let the kernel go on with TLS if it can.
+
+    It cannot follow a client that changes its keys, as those with GnuTLS do after 2^24 records
+    of any cipher but one; so only that one is handed over.
+    """
     sock = session.sock
     if isinstance(sock, socket.socket):
         return
     from nbdlink.transport import ktls  # for TLS only: a plain server never loads OpenSSL
+    from nbdlink.transport.tlscontext import LASTING_SUITE
 
-    if why := ktls.obstacle(sock):
+    why = ktls.obstacle(sock)
+    if not why and sock.session and sock.session.cipher != LASTING_SUITE:
+        why = f"the client may change the keys of {sock.session.cipher}"
+    if why:
         _log.debug("%s: TLS stays in this process: %s", session.peer, why)
         sock.release()
     else:

@@ -76,7 +76,8 @@ class ServerSecurity:
             ConfigError, TLSError: they cannot be used; those of before stay.
         """
         from nbdlink.transport.credentials import PSKCredentials, load_server
-        from nbdlink.transport.tlscontext import TLSContext
+        from nbdlink.transport.ktls import missing
+        from nbdlink.transport.tlscontext import LASTING_SUITE, TLSContext
 
         credentials = load_server(self._files)
         knows_peers = self._verify_peer or isinstance(credentials, PSKCredentials)
@@ -95,7 +96,12 @@ class ServerSecurity:
                 "--tls-verify-peer takes the authority that signed the clients' certificates",
                 hint="put ca-cert.pem into the directory, or say --tls-ca FILE",
             )
-        self._context = TLSContext(credentials, server=True, verify_peer=self._verify_peer)
+        self._context = TLSContext(
+            credentials,
+            server=True,
+            verify_peer=self._verify_peer,
+            lasting=missing(LASTING_SUITE) is None,
+        )
         self.knows_peers = knows_peers
 
     @property
