@@ -192,6 +192,8 @@ def _parse_uri(text: str) -> Target:
     user, at, place = authority.rpartition("@")
     username = urllib.parse.unquote(user, errors="strict") if at else None
     tls = scheme.startswith("nbds")
+    if "\0" in parameters.get("tls-hostname", "") + place:
+        raise ConfigError(f"{text!r}: a host's name cannot contain NUL")
     common = {
         "export": export,
         "tls": tls,

@@ -213,7 +213,13 @@ def _clients(arguments: argparse.Namespace) -> dict[str | None, list[str]]:
     for word in arguments.client:
         # A distinguished name has "=" in it as well: CN=web1.
         name, equals, rest = word.partition("=")
-        if equals and name in names:
+        if equals and name in names and name in ATTRIBUTES:
+            raise ConfigError(
+                f"--client {word}: {name!r} is an export, and the beginning of a "
+                "distinguished name as well",
+                hint="give the export another name",
+            )
+        if equals and name in names and rest:
             clients.setdefault(name, []).append(rest)
         elif not equals or name in ATTRIBUTES or name.replace(".", "").isdigit():
             clients.setdefault(None, []).append(word)

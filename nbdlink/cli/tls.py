@@ -6,11 +6,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nbdlink.errors import ConfigError
-from nbdlink.transport.tlsfiles import CredentialFiles
+from nbdlink.link.channel import TLS_ROADS
+from nbdlink.transport.tlsfiles import POLICIES, CredentialFiles, Policy
 
 if TYPE_CHECKING:
     from nbdlink.client.security import TLSOptions
-    from nbdlink.server.security import Mode, ServerSecurity
+    from nbdlink.server.security import ServerSecurity
 
 
 def add_client_arguments(parser: argparse.ArgumentParser, *, road: bool = False) -> None:
@@ -18,7 +19,7 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, road: bool = False)
     group = parser.add_argument_group("TLS")
     group.add_argument(
         "--tls",
-        choices=("off", "allow", "require"),
+        choices=POLICIES,
         help="never, if the server offers it, or never without "
         "(require for nbds:// or if other options ask for TLS, else off)",
     )
@@ -35,7 +36,7 @@ def add_client_arguments(parser: argparse.ArgumentParser, *, road: bool = False)
     if road:
         group.add_argument(
             "--tls-road",
-            choices=("auto", "kernel", "relay"),
+            choices=TLS_ROADS,
             default="auto",
             help="who encrypts: the kernel, or a process of its own (the kernel if it can)",
         )
@@ -58,7 +59,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("TLS")
     group.add_argument(
         "--tls",
-        choices=("off", "allow", "require"),
+        choices=POLICIES,
         help="never, at the client's choice, or never without (require if there are credentials)",
     )
     _add_files(group)
@@ -87,7 +88,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
 def server_security(arguments: argparse.Namespace) -> ServerSecurity | None:
     """Load what was said to a server; None without TLS."""
     files = _files(arguments, None)
-    mode: Mode = arguments.tls or ("require" if files.given else "off")
+    mode: Policy = arguments.tls or ("require" if files.given else "off")
     said = files.given or arguments.tls_verify_peer or arguments.tls_authz or arguments.client
     if mode == "off":
         if said:

@@ -176,7 +176,7 @@ class Negotiation:
         if self._taken or self._socket.fileno() < 0:
             return
         self._deadline = Deadline(_GOODBYE_TIMEOUT)
-        with contextlib.suppress(TransportError, RemoteProtocolError):
+        with contextlib.suppress(TransportError, RemoteProtocolError, TLSError):
             if self._machine.state is State.HAGGLING and self.fixed:
                 # Some servers hang up instead of acknowledging; either is fine.
                 self._send(OptionRequest(Option.ABORT))

@@ -227,7 +227,7 @@ class Pipeline:
                 return
             if self._dead is None and not self._reader.outstanding:
                 # Nothing is queued, so the goodbye fits into the socket's buffer.
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, NBDError):
                     self._socket.send(RequestHeader(Command.DISC, 0).pack(self._style))
             self._fail(TransportError(f"{self.address}: the connection was closed"))
             while self._driven:

@@ -8,10 +8,10 @@ imports OpenSSL before that: most connections are made without it.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from nbdlink.errors import ConfigError, TLSError
-from nbdlink.transport.tlsfiles import CredentialFiles
+from nbdlink.transport.tlsfiles import CredentialFiles, Policy
 from nbdlink.uri import Target
 
 if TYPE_CHECKING:
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from nbdlink.transport.stream import Deadline
     from nbdlink.transport.tls import TLSStream
     from nbdlink.transport.tlscontext import TLSContext
-
-Policy = Literal["off", "allow", "require"]
-POLICIES: Final = ("off", "allow", "require")
 
 
 NO_FILES: Final = CredentialFiles()
@@ -74,6 +71,8 @@ class Security:
         """
         self.policy = _policy(target, options)
         self.host = options.hostname or target.tls_hostname or target.host
+        if self.host is None and target.socket is None:
+            self.host = "localhost"  # to which `stream.connect` connects then
         self._files = _files(target, options.files)
         self._for_kernel = for_kernel
         self._verify_peer = options.verify_peer and target.tls_verify_peer is not False

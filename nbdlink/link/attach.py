@@ -170,7 +170,13 @@ def _record(
         pid=device.pid,
         channels=[asdict(known) for known in channels.known],
         relay=channels.relay,
+        tls=_demands(spec),
     )
+
+
+def _demands(spec: LinkSpec) -> dict[str, object]:
+    """Give what is demanded of TLS, as a record keeps it."""
+    return {**asdict(spec.tls), "road": spec.tls_road} if spec.target.tls else {}
 
 
 def _check(spec: LinkSpec) -> None:
@@ -201,6 +207,11 @@ def _same_link(spec: LinkSpec, index: int | None) -> kernel.Device | None:
         if known.name != spec.name:
             continue
         same = known.target == str(spec.target) and index in (None, known.index)
+        if same and spec.target.tls and known.tls != _demands(spec):
+            raise DeviceBusyError(
+                f"the link {spec.name!r} is already {state.path}, with other options for TLS",
+                hint=f"nbdlink detach {spec.name}, or choose another --name",
+            )
         if same and state.state is kernel.DeviceState.ATTACHED:
             return kernel.Device(known.index, state.path, state.partitions, known.road)
         what = f"is already {state.path} ({known.target}, {state.state})"

@@ -38,6 +38,7 @@ class Record:
         pid: the process that the kernel shows for the device.
         attached_at: seconds since the epoch.
         channels: what is known of each connection (`Channel`), as far as it was recorded.
+        tls: what was demanded of TLS (`TLSOptions` and the road), or empty if it is not known.
         relay: number of the process that does TLS for some of them, or None.
     """
 
@@ -55,6 +56,7 @@ class Record:
     attached_at: float = field(default_factory=time.time)
     channels: list[dict[str, str | None]] = field(default_factory=list)
     relay: int | None = None
+    tls: dict[str, Any] = field(default_factory=dict)
 
     def describes(self, backend: str | None, pid: int | None) -> bool:
         """Tell whether the device is still the one that was recorded."""

@@ -466,9 +466,11 @@ def _hand_over(session: Session) -> None:
     from nbdlink.transport import ktls  # for TLS only: a plain server never loads OpenSSL
     from nbdlink.transport.tlscontext import LASTING_SUITE
 
-    why = ktls.obstacle(sock)
-    if not why and sock.session and sock.session.cipher != LASTING_SUITE:
-        why = f"the client may change the keys of {sock.session.cipher}"
+    assert sock.session is not None
+    if sock.session.cipher != LASTING_SUITE:
+        why: str | None = f"the client may change the keys of {sock.session.cipher}"
+    else:
+        why = ktls.obstacle(sock)
     if why:
         _log.debug("%s: TLS stays in this process: %s", session.peer, why)
         sock.release()

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import pickle
 import queue
@@ -206,7 +207,8 @@ class Processes:
             except OSError:
                 raise NBDError(f"process {child.pid} has died") from None
             session.elsewhere = lambda: self._end(child)
-            if session.ending:  # it may have come in between
+            # It may have come in between. A handshake that is broken off ends alone.
+            if session.ending and session.phase is Phase.TRANSMISSION:
                 session.elsewhere()
             while (said := outcome.get())[0] == "begun":
                 begun(said[1])
@@ -328,10 +330,12 @@ class _Server:
                     session.end()
 
     def _reload(self) -> None:
-        # The first process has said what came of it.
-        with contextlib.suppress(NBDError):
+        # The files may have changed since the first process read them.
+        try:
             if self._security is not None:
                 self._security.reload()
+        except Exception as error:
+            _log.error("the credentials of one process stay as they are: %s", error)
 
     def _begin(
         self,
@@ -354,7 +358,7 @@ class _Server:
     def _secure(self, number: int, fd: int, machine: Handshake, seconds: float | None) -> None:
         session = Session(number, socket.socket(fileno=fd))
         negotiation = Negotiation(self._catalogue, lambda: self._closing, self._security, machine)
-        deadline = Deadline(seconds)
+        deadline = Deadline(None if seconds is None else math.ceil(seconds))
 
         def serve() -> str:
             negotiated = negotiate(session, negotiation, deadline)

@@ -7,19 +7,16 @@ FORCEDTLS, and "allow" is SELECTIVETLS, where single exports may be for TLS only
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING
 
 from nbdlink.errors import ConfigError
-from nbdlink.transport.tlsfiles import CredentialFiles
+from nbdlink.transport.tlsfiles import CredentialFiles, Policy
 
 if TYPE_CHECKING:
     import socket
 
     from nbdlink.transport.tls import TLSStream
     from nbdlink.transport.tlscontext import TLSContext
-
-Mode = Literal["off", "allow", "require"]
-MODES: Final = ("off", "allow", "require")
 
 
 class ServerSecurity:
@@ -34,7 +31,7 @@ class ServerSecurity:
 
     def __init__(
         self,
-        mode: Mode,
+        mode: Policy,
         files: CredentialFiles,
         *,
         verify_peer: bool = False,
@@ -53,7 +50,7 @@ class ServerSecurity:
             ConfigError: what was said makes no sense together.
             TLSError: the credentials are of no use.
         """
-        self.mode: Mode = mode
+        self.mode: Policy = mode
         self.allowed = frozenset(allowed)
         self._files = files
         self._verify_peer = verify_peer

@@ -238,7 +238,7 @@ class Service:
         assert self._security is not None
         try:
             self._security.reload()
-        except NBDError as error:
+        except Exception as error:  # a file may hold anything
             _log.error("the credentials stay as they are: %s", error)
         else:
             self._processes.reload()
@@ -407,6 +407,9 @@ class Service:
                 self._served = True
             self._processes.forget(session)
             self.sessions.remove(session)
+            if not session.is_bare:
+                with contextlib.suppress(OSError):  # the kernel does not announce the end
+                    session.sock.shutdown(socket.SHUT_WR)
             session.sock.close()
 
     def _converse(self, session: Session) -> None:
@@ -418,9 +421,12 @@ class Service:
 
         def move(machine: Handshake) -> bool:
             nonlocal how
-            with contextlib.suppress(TimeoutError):
-                begun = functools.partial(self._begin_transmission, session)
-                how = self._processes.secure(session, machine, deadline.left(), begun)
+            try:
+                left = deadline.left()
+            except TimeoutError:
+                return False  # which is found out and told there
+            begun = functools.partial(self._begin_transmission, session)
+            how = self._processes.secure(session, machine, left, begun)
             return how is not None
 
         negotiated = negotiate.negotiate(session, negotiation, deadline, move)

@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import hmac
+import os
 import socket
 import struct
 from dataclasses import dataclass
 from typing import Any, Final
 
 from nbdlink.errors import TLSError, TransportError
-from nbdlink.transport.tls import TLSStream, explain_alert
+from nbdlink.transport.alerts import explain_alert
+from nbdlink.transport.tls import TLSStream
 
 _SOL_TLS: Final = 282
 _TCP_ULP: Final = 31
@@ -67,7 +68,10 @@ CIPHERS: Final = tuple(_CIPHERS)
 
 
 def obstacle(stream: TLSStream) -> str | None:
-    """Say why a connection cannot be handed to the kernel, or None if it can."""
+    """Say why a connection cannot be handed to the kernel, or None if it can.
+
+    In that case its socket has been made ready for it, which changes nothing yet.
+    """
     if stream.family not in (socket.AF_INET, socket.AF_INET6):
         return "the kernel has TLS for TCP only"
     session = stream.session
@@ -76,12 +80,27 @@ def obstacle(stream: TLSStream) -> str | None:
         return f"{session.version} was negotiated; the kernel is given TLS 1.3 only"
     if session.cipher not in _CIPHERS:
         return f"the kernel does not know {session.cipher}"
-    return missing(session.cipher)
+    if why := missing(session.cipher):
+        return why
+    with socket.socket(fileno=os.dup(stream.fileno())) as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
+        except OSError as error:
+            # Not while one side has ended its stream already.
+            return f"the kernel does not take TLS over now ({error.strerror})"
+    return None
 
 
-@functools.cache
+_known: dict[str, str | None] = {}
+
+
 def missing(cipher: str = USUAL) -> str | None:
-    """Say why this kernel cannot do a cipher, or None if it can; it is tried once."""
+    """Say why this kernel cannot do a cipher, or None if it can.
+
+    It is tried, and once for all unless it failed for another reason than the kernel.
+    """
+    if cipher in _known:
+        return _known[cipher]
     known = _CIPHERS[cipher]
     try:
         with contextlib.ExitStack() as stack:
@@ -92,9 +111,13 @@ def missing(cipher: str = USUAL) -> str | None:
             sock.setsockopt(_SOL_TLS, _TLS_TX, info)
             sock.setsockopt(_SOL_TLS, _TLS_RX, info)
     except OSError as error:
+        why = f"the kernel cannot do {cipher} ({error.strerror})"
         if error.errno == errno.ENOENT:
-            return "the kernel has no TLS (module tls)"
-        return f"the kernel cannot do {cipher} ({error.strerror})"
+            why = "the kernel has no TLS (module tls)"
+        if error.errno in (errno.ENOENT, errno.ENOPROTOOPT):
+            _known[cipher] = why
+        return why
+    _known[cipher] = None
     return None
 
 
@@ -115,7 +138,6 @@ def hand_over(stream: TLSStream) -> KernelTLSSocket:
     sent, received = stream.records_sent, stream.records_received
     bare = stream.detach_socket()
     try:
-        bare.setsockopt(socket.IPPROTO_TCP, _TCP_ULP, b"tls")
         bare.setsockopt(_SOL_TLS, _TLS_TX, _info(cipher, ours, sent))
         bare.setsockopt(_SOL_TLS, _TLS_RX, _info(cipher, theirs, received))
     except OSError as error:
@@ -155,6 +177,8 @@ class KernelTLSSocket(socket.socket):
         try:
             count = super().recv_into(buffer, nbytes, flags)
         except OSError as error:
+            if error.errno in (errno.EBADMSG, errno.EMSGSIZE):
+                raise TLSError("what the peer sent is no valid TLS") from None
             if error.errno != errno.EIO:
                 raise
             self._hear_record()

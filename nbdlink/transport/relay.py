@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import socket
 import sys
@@ -33,6 +34,10 @@ _CHUNK: Final = 256 * 1024
 """Bytes that are moved at a time, at most."""
 _FAREWELL: Final = 5
 """Seconds that a server has to end its side once the kernel has ended ours."""
+_UNTAKEN: Final = 60
+"""Seconds that a server may leave what it was sent unacknowledged."""
+_BEGINNING: Final = 30
+"""Seconds that the process has to begin."""
 _STACK: Final = 256 * 1024
 
 # From sys/mman.h and linux/prctl.h.
@@ -43,7 +48,8 @@ _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_IO_FLUSHER = 4, 15, 57
 def start(streams: Sequence[TLSStream], name: str) -> tuple[int, list[socket.socket]]:
     """Start a process that relays connections, which belong to it from then on.
 
-    It ends by itself when all of them have ended. No other thread may exist.
+    It ends by itself when all of them have ended. It is forked: in a program with threads that
+    may fail, if one of them holds a lock that the process needs.
 
     Args:
         streams: connections in transmission; useless to the caller afterwards.
@@ -86,8 +92,14 @@ def _fork(streams: Sequence[TLSStream], ends: Sequence[socket.socket], name: str
             _detach(inlet, streams, ends, name)
         os.close(inlet)
         inlet = -1
+        if not select.select([answer], [], [], _BEGINNING)[0]:
+            # The fork of a program with threads may have come at the wrong moment.
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise OSError("it does not begin")
         said = os.read(answer, 32)
-        os.waitpid(child, 0)
+        with contextlib.suppress(ChildProcessError):  # who started us ignores SIGCHLD
+            os.waitpid(child, 0)
     finally:
         os.close(answer)
         if inlet >= 0:
@@ -167,6 +179,10 @@ def _relay(stream: TLSStream, end: socket.socket, name: str) -> None:
     """Copy both ways until one side ends."""
     stream.release()
     stream.settimeout(None)
+    if stream.family != socket.AF_UNIX:
+        # What a server that has vanished has not taken would keep the process for 15 minutes.
+        milliseconds = _UNTAKEN * 1000
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     ended = threading.Event()
     up = threading.Thread(target=_copy_up, args=(stream, end, ended), name="up")
     up.start()
@@ -174,7 +190,8 @@ def _relay(stream: TLSStream, end: socket.socket, name: str) -> None:
         _copy_down(stream, end)
     except (OSError, NBDError) as error:
         words = reason(error) if isinstance(error, OSError) else str(error)
-        syslog.syslog(syslog.LOG_WARNING, f"nbdlink relay of {name}: {words}")
+        if up.is_alive():  # or the kernel has ended it, and how the server ends is no matter
+            syslog.syslog(syslog.LOG_WARNING, f"nbdlink relay of {name}: {words}")
     finally:
         ended.set()
         with contextlib.suppress(OSError):

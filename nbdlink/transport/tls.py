@@ -34,6 +34,13 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from nbdlink.errors import TLSError, TransportError
+from nbdlink.transport.alerts import (
+    KEY_ALERTS,
+    NO_KEY,
+    WRONG_KEY,
+    explain_handshake,
+    explain_stream,
+)
 from nbdlink.transport.credentials import describe
 from nbdlink.transport.stream import Deadline, reason
 from nbdlink.transport.tlscontext import Judgement, reasons
@@ -52,10 +59,10 @@ _ALERT, _APPLICATION_DATA = 21, 23
 _RECORD_TYPES: Final = frozenset({20, _ALERT, 22, _APPLICATION_DATA})
 _LONGEST_RECORD: Final = (1 << 14) + 2048
 """Bytes of a protected record in TLS 1.2; in 1.3 they are fewer."""
-_CHUNK: Final = 132 * 1024
-"""Bytes that are encrypted or received in one go: 128 KiB of data and the headers to it.
+_CHUNK: Final = 144 * 1024
+"""Bytes that are encrypted or received in one go: room for 128 KiB of data and the headers to it.
 
-That is small enough for the processor's cache.
+They are nine full records, and small enough for the processor's cache.
 """
 _ROOM: Final = _CHUNK + 4096
 """Bytes that a chunk has once it is encrypted, at most: 22 more for each 16 KiB, and alerts."""
@@ -201,21 +208,24 @@ class TLSStream:
         """Say what is wrong with a pre-shared key, if OpenSSL's words are about that."""
         judgement = self._judgement
         if judgement.own_user is not None:
-            for known, (message, hint) in _KEY_ALERTS.items():
+            for known, (message, hint) in KEY_ALERTS.items():
                 if known in words:
                     return TLSError(message.format(user=judgement.own_user), hint=hint)
-        elif judgement.user is not None and any(each in words for each in _WRONG_KEY):
+        elif judgement.user is not None and any(each in words for each in WRONG_KEY):
             user = ascii(judgement.user)
             return TLSError(f"the client has another pre-shared key for {user} than we have")
-        elif words in _NO_KEY and judgement.unknown_user is not None:
+        elif words in NO_KEY and judgement.unknown_user is not None:
             return TLSError(f"the client is {judgement.unknown_user!a}, who has no key here")
-        elif words in _NO_KEY:
+        elif words in NO_KEY:
             return TLSError("the client offers no pre-shared key, which it has to have here")
         return None
 
     def _describe(self) -> TLSSession:
         connection = self._connection
-        certificate = connection.get_peer_certificate(as_cryptography=True)
+        try:
+            certificate = connection.get_peer_certificate(as_cryptography=True)
+        except Exception:  # malformed, which is no matter if nobody asks who the peer is
+            certificate = None
         peer = self._judgement.user if certificate is None else describe(certificate)
         return TLSSession(
             connection.get_protocol_version_name(),
@@ -298,7 +308,7 @@ class TLSStream:
             target = self._target
         else:
             target = _address(place)
-            if self._timeout is None:
+            if self._timeout is None and isinstance(place, memoryview):
                 # A server's inbox. A client's buffers are let go: they may be resized later.
                 self._place, self._target = place, target
         # One for all records: there are some without data, of which a peer may send many.
@@ -374,10 +384,6 @@ class TLSStream:
     def has_pending(self) -> bool:
         """Tell whether something can be received without waiting for the socket."""
         return not self._dry
-
-    def arrived(self) -> int:
-        """Give whether something waits; see `Session.arrived`."""
-        return 0 if self._dry else 1
 
     # Sending.
 
@@ -658,135 +664,3 @@ def _application_records(data: memoryview) -> int:
         count += kind == _APPLICATION_DATA
         position += _HEADER.size + length
     return count
-
-
-# OpenSSL's words (ssl_err.c, in lower case with spaces), and ours. "alert" stands in those that
-# the peer has sent: it is the one that is not content.
-_HANDSHAKE: Final[dict[str, tuple[str, str | None]]] = {
-    "alert unknown ca": (
-        "the {peer} does not trust the authority that signed our certificate",
-        "use a certificate from an authority that the {peer} trusts",
-    ),
-    "alert certificate required": (
-        "the {peer} wants a certificate from us",
-        "give one: --tls-certificates DIR, or --tls-cert and --tls-key",
-    ),
-    "alert bad certificate": ("the {peer} does not accept our certificate", None),
-    "alert certificate expired": (
-        "the {peer} says that our certificate, or what it checks it by, has expired",
-        "have it renewed, or check the clocks of both machines",
-    ),
-    "alert certificate revoked": (
-        "the {peer} says that our certificate was revoked",
-        "ask the authority for a new one",
-    ),
-    "alert unsupported certificate": ("the {peer} cannot use our kind of certificate", None),
-    "alert certificate unknown": ("the {peer} does not accept our certificate", None),
-    "alert access denied": ("the {peer} does not let us in", None),
-    "alert unknown psk identity": (
-        "the {peer} knows no key for our user name",
-        "check --tls-username and the {peer}'s key file",
-    ),
-    "alert decrypt error": (
-        "the {peer} has another key, or cannot check our signature",
-        "compare the key files on both sides",
-    ),
-    "alert illegal parameter": ("the {peer} does not accept our parameters", None),
-    "alert bad record mac": ("the {peer} has another key", "compare the key files on both sides"),
-    "alert protocol version": ("the {peer} speaks no TLS 1.2 or 1.3 with us", None),
-    "alert insufficient security": ("the {peer} demands other ciphers", None),
-    "alert handshake failure": (
-        "the {peer} and we have no cipher or kind of credentials in common",
-        "do both sides use certificates, or both pre-shared keys?",
-    ),
-    # OpenSSL's word for a name that is not in the certificate, too, if the program compares it.
-    "alert internal error": (
-        "the {peer} failed in the handshake, or takes our certificate for somebody else's",
-        "see what it says itself",
-    ),
-    "no shared cipher": (
-        "the {peer} and we have no cipher or kind of credentials in common",
-        "do both sides use certificates, or both pre-shared keys?",
-    ),
-    "peer did not return a certificate": ("the {peer} has shown no certificate", None),
-    "unsupported protocol": ("the {peer} offers neither TLS 1.2 nor 1.3", None),
-    "psk identity not found": ("the {peer} named a user who has no key here", None),
-    "binder does not verify": ("the {peer} has another pre-shared key than we have", None),
-    "wrong version number": ("the {peer} does not speak TLS", None),
-    "http request": ("the {peer} speaks HTTP", None),
-}
-
-
-# The same, for a client that has a pre-shared key.
-_KEY_ALERTS: Final = {
-    "alert handshake failure": (
-        "the server has no key for {user}, or uses certificates instead",
-        "check --tls-username and the server's key file",
-    ),
-    "alert unknown psk identity": (
-        "the server has no key for {user}",
-        "check --tls-username and the server's key file",
-    ),
-    "alert decrypt error": (
-        "the server has another key for {user}",
-        "compare the key files on both sides",
-    ),
-    "alert bad record mac": (
-        "the server has another key for {user}",
-        "compare the key files on both sides",
-    ),
-}
-
-# How a server fails if the client's key is another one, in TLS 1.3 and 1.2.
-_WRONG_KEY: Final = ("binder does not verify", "bad record mac", "record layer failure")
-
-# A server without certificates fails so if it finds no key to use.
-_NO_KEY: Final = frozenset(
-    {"no suitable signature algorithm", "no shared cipher", "psk identity not found"}
-)
-
-_ALERTS: Final = {
-    10: "unexpected message",
-    20: "bad record MAC",
-    22: "record overflow",
-    40: "handshake failure",
-    42: "bad certificate",
-    43: "unsupported certificate",
-    44: "certificate revoked",
-    45: "certificate expired",
-    46: "certificate unknown",
-    47: "illegal parameter",
-    48: "unknown authority",
-    49: "access denied",
-    50: "decode error",
-    51: "decrypt error",
-    70: "protocol version",
-    80: "internal error",
-    90: "user canceled",
-    115: "unknown PSK identity",
-    116: "certificate required",
-}
-
-
-def explain_handshake(words: str, peer: str) -> TLSError:
-    """Say why a handshake failed, by OpenSSL's words for it."""
-    for known, (message, hint) in _HANDSHAKE.items():
-        if known in words:
-            return TLSError(message.format(peer=peer), hint=hint and hint.format(peer=peer))
-    return TLSError(f"the TLS handshake with the {peer} failed: {words}")
-
-
-def explain_alert(number: int) -> str:
-    """Say what a peer's alert is (RFC 8446, section 6)."""
-    return f"the peer broke TLS off: {_ALERTS.get(number, f'alert {number}')}"
-
-
-def explain_stream(words: str, peer: str) -> TLSError:
-    """Say what went wrong after the handshake, by OpenSSL's words for it.
-
-    In TLS 1.3 a client has done its part when the server looks at its certificate, so that the
-    server's refusal may come as late as this.
-    """
-    if "alert" in words:
-        return explain_handshake(words, peer)
-    return TLSError(f"what the {peer} sent is no valid TLS: {words}")

@@ -33,7 +33,11 @@ _SUITES: Final = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_PO
 _CIPHERS: Final = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:DHE+CHACHA20:!aNULL:!eNULL:!PSK"
 # OpenSSL takes keys from callbacks for SHA-256 only (SSL_CTX_set_psk_client_callback(3)).
 _PSK_SUITES: Final = b"TLS_AES_128_GCM_SHA256:TLS_CHACHA20_POLY1305_SHA256"
-_PSK_CIPHERS: Final = b"kECDHEPSK:kDHEPSK:PSK+AESGCM:!kRSAPSK:!aNULL:!eNULL:!SHA1"
+# TLS 1.2, with forward secrecy only: who gets the file later cannot read what was recorded.
+_PSK_CIPHERS: Final = (
+    b"ECDHE-PSK-CHACHA20-POLY1305:DHE-PSK-AES128-GCM-SHA256:DHE-PSK-AES256-GCM-SHA384:"
+    b"DHE-PSK-CHACHA20-POLY1305"
+)
 
 LASTING_SUITE: Final = "TLS_CHACHA20_POLY1305_SHA256"
 
@@ -115,7 +119,7 @@ class TLSContext:
         self._context = SSL.Context(SSL.TLS_SERVER_METHOD if server else SSL.TLS_CLIENT_METHOD)
         try:
             self._prepare(credentials)
-        except SSL.Error as error:
+        except (SSL.Error, crypto.Error) as error:
             words = reasons(error)
             hint = "RSA keys need 2048 bits or more" if "key too small" in words else None
             named = "the credentials"
@@ -289,7 +293,9 @@ def _judge(
             judgement.host_matches = verification.matches_host(known, host)
             if not judgement.host_matches:
                 judgement.failure = verification.explain_host(known, host)
-    except ValueError as error:  # OpenSSL can read it, and cryptography cannot
+    except Exception as error:
+        # OpenSSL can read it, and cryptography cannot. Whatever came out of here would come up in
+        # another connection's handshake: pyOpenSSL keeps it with the context.
         judgement.failure = f"the {role}'s certificate is malformed: {error}", None
     return judgement.failure is None
 
@@ -305,7 +311,7 @@ def _refuse_certificate(connection: SSL.Connection, *_: object) -> bool:
     return False
 
 
-def reasons(error: SSL.Error) -> str:
+def reasons(error: Exception) -> str:
     """Give OpenSSL's words for an error."""
     queue = error.args[0] if error.args and isinstance(error.args[0], list | tuple) else []
     words = [entry[-1] for entry in queue if entry and entry[-1]]

@@ -10,10 +10,14 @@ import os
 import stat
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from nbdlink.errors import ConfigError
 from nbdlink.transport.stream import reason
+
+Policy = Literal["off", "allow", "require"]
+POLICIES: Final = ("off", "allow", "require")
+"""Whether there is TLS: never, if both sides want it, or never without."""
 
 LARGEST_FILE: Final = 1 << 20
 """Bytes that a file of credentials may have; all authorities of a Debian system have a quarter

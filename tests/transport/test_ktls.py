@@ -37,7 +37,7 @@ def test_both_sides_count_the_same_records(kind, suite):
             server.records_received,
             server.records_sent,
         )
-        # 1 + 2 + 0 + 20 + 1, as 300000 bytes are two chunks of 8 records and 3 records more.
+        # 1 + 2 + 0 + 19 + 1, as 300000 bytes are two chunks of 9 records and 1 record more.
         assert client.records_sent == 23
 
 
