@@ -408,8 +408,8 @@ def test_a_flipped_bit_is_an_error(newest, at):
 def test_what_comes_behind_a_flipped_bit_is_never_given(exact):
     changed = []
 
-    def flip(_, data):
-        if changed:
+    def flip(to, data):
+        if changed or to != "up":  # the server's session tickets may be late
             return data
         changed.append(True)
         return data[:-1] + bytes([data[-1] ^ 1])
