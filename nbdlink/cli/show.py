@@ -304,7 +304,7 @@ def _server_sheet(negotiation: Negotiation, exports: list[dict[str, Any]]) -> di
         "protocol": "newstyle-fixed" if negotiation.fixed else "newstyle",
         "TLS": tls is not None,
         **({"TLS-version": tls.version, "TLS-cipher": tls.cipher} if tls else {}),
-        **({"TLS-peer": tls.peer} if tls else {}),
+        **({"TLS-peer": tls.peer, "TLS-verified": negotiation.security.verifies} if tls else {}),
         "structured": negotiation.style >= HeaderStyle.STRUCTURED,
         "extended": negotiation.style >= HeaderStyle.EXTENDED,
         "exports": exports,

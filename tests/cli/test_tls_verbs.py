@@ -82,6 +82,12 @@ def test_json_tells_of_tls(verb, nbdlink, secured):
     assert export["uri"] == str(secured)
 
 
+@pytest.mark.parametrize(("options", "verified"), [((), True), (("--tls-no-verify-peer",), False)])
+def test_json_tells_whether_the_server_has_proved_who_it_is(options, verified, nbdlink, secured):
+    server = json.loads(nbdlink("info", "--json", *options, secured))
+    assert server["TLS-verified"] is verified
+
+
 @pytest.mark.parametrize("verb", ["info", "exports"])
 def test_json_tells_that_there_is_no_tls(verb, plain, capsys):
     assert main([verb, "--json", str(plain[1])]) == 0
