@@ -109,7 +109,7 @@ def attach(
 
 def attach_spec(spec: LinkSpec) -> kernel.Device:
     """Bind an export as `spec` says; see `attach`."""
-    _check(spec)
+    check(spec)
     security = Security(spec.target, spec.tls, for_kernel=spec.tls_road != "relay")
     if security.policy == "require":
         # The same link, however TLS was asked for; and never the same as one without.
@@ -179,7 +179,12 @@ def _demands(spec: LinkSpec) -> dict[str, object]:
     return {**asdict(spec.tls), "road": spec.tls_road} if spec.target.tls else {}
 
 
-def _check(spec: LinkSpec) -> None:
+def check(spec: LinkSpec) -> None:
+    """Refuse numbers and names that no server and no kernel could make good.
+
+    Raises:
+        ConfigError: the message says which, and what is possible.
+    """
     if spec.name is not None:
         record.check_name(spec.name)
     if not 1 <= spec.connections <= MAX_CONNECTIONS:

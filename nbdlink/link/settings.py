@@ -1,0 +1,252 @@
+"""What can be said about a link in a file: one table drives it all.
+
+`SETTINGS` names each key with what it takes and where that goes. What a file says is read into
+`Values`, which know where each of them was said; `configured` makes links of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from nbdlink import kernel
+from nbdlink.errors import ConfigError, KernelError
+from nbdlink.link.attach import LinkSpec, check
+from nbdlink.link.channel import TLS_ROADS
+from nbdlink.sizes import parse_size
+from nbdlink.transport.tlsfiles import POLICIES, printable
+from nbdlink.uri import Target
+
+Place = Literal["route", "link", "tls", "files"]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What was said for a key.
+
+    Attributes:
+        value: as `Setting.convert` gave it.
+        source: `file:line`.
+    """
+
+    value: Any
+    source: str
+
+
+Values = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A key and what it means.
+
+    Attributes:
+        key: as it is written in the file.
+        convert: makes of what was written, with the folder of the file, what is meant; raises
+            ConfigError with a sentence that begins with what was expected.
+        place: "route" for what makes up targets, else whose field it is: the `LinkSpec`'s, the
+            `TLSOptions`' or the `CredentialFiles`'.
+        field: the name of that field.
+        everywhere: whether `[defaults]` may hold it.
+    """
+
+    key: str
+    convert: Callable[[Any, Path], Any]
+    place: Place
+    field: str
+    everywhere: bool = True
+
+
+def at(source: str, error: ConfigError) -> ConfigError:
+    """Give an error that says where it is; options have the names that they have in files."""
+    message, hint = (
+        None if text is None else re.sub(r"--(?=tls)", "", text)
+        for text in (str(error), error.hint)
+    )
+    return ConfigError(f"{printable(source)}: {message}", hint=hint)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Give a hint for a word that is not known."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
+
+
+def _expected(what: str, value: object) -> ConfigError:
+    match value:
+        case bool():
+            said = str(value).lower()
+        case int() if abs(value) >= 1 << 63:
+            said = "a number that large"  # Python refuses to print one of 5000 digits
+        case int() | float():
+            said = f"the number {value}"
+        case str():
+            shown = value if len(value) <= 60 else value[:60] + "..."
+            said = f'the text "{printable(shown)}"'
+        case list():
+            said = "a list"
+        case dict():
+            said = "a table"
+        case _:
+            said = "a date or time"
+    return ConfigError(f"takes {what}, not {said}")
+
+
+def _text(value: Any, _folder: Path, what: str = "a text", *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise _expected(what, value)
+    if "\0" in value:
+        raise ConfigError(f"takes {what}, and that cannot contain NUL")
+    if not value and not empty:
+        raise ConfigError("is empty", hint="leave it out, or give it a value")
+    return value
+
+
+def _name(value: Any, folder: Path) -> str:
+    return _text(value, folder, empty=True)
+
+
+def _file(value: Any, folder: Path) -> str:
+    # Not resolved: links may be renewed under a running supervisor.
+    return str(folder / _text(value, folder, "a path"))
+
+
+def _switch(value: Any, _folder: Path) -> bool:
+    if not isinstance(value, bool):
+        raise _expected("true or false", value)
+    return value
+
+
+def _ioctl(value: Any, folder: Path) -> str:
+    return "ioctl" if _switch(value, folder) else "auto"
+
+
+def _number(value: Any, _folder: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _expected("a number", value)
+    if abs(value) >= 1 << 63:
+        raise ConfigError("takes a number, and not one that large")
+    return value
+
+
+def _depth(value: Any, folder: Path) -> int:
+    if not 0 <= (depth := _number(value, folder)) <= 100:
+        raise ConfigError(f"a verification depth of {depth} is not possible", hint="use 0 to 100")
+    return depth
+
+
+def _size(value: Any, folder: Path) -> int:
+    if isinstance(value, str):
+        return parse_size(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _expected('a number of bytes or a size such as "4K"', value)
+    return _number(value, folder)
+
+
+def _choice(words: tuple[str, ...]) -> Callable[[Any, Path], str]:
+    expected = ", ".join(f'"{word}"' for word in words[:-1]) + f' or "{words[-1]}"'
+
+    def convert(value: Any, _folder: Path) -> str:
+        if value not in words:  # a list is in no tuple of texts
+            raise _expected(expected, value)
+        return str(value)
+
+    return convert
+
+
+def _device(value: Any, folder: Path) -> str:
+    text = _text(value, folder, "a device")
+    if not re.fullmatch(r"(/dev/)?nbd[0-9]{1,9}", text):
+        raise _expected("a device such as /dev/nbd0", value)
+    try:
+        return f"/dev/nbd{kernel.index_of(text, must_exist=False)}"
+    except KernelError as error:
+        raise ConfigError(str(error), hint=error.hint) from None
+
+
+def _target(value: Any, folder: Path) -> Target:
+    return _anchored(Target.parse(_text(value, folder, "a target", empty=True)), folder)
+
+
+def _targets(value: Any, folder: Path) -> tuple[Target, ...]:
+    if not isinstance(value, list):
+        raise _expected('a list such as ["nbd://store2/data"]', value)
+    return tuple(_target(each, folder) for each in value)
+
+
+def _anchored(target: Target, folder: Path) -> Target:
+    """Give the target with paths that hold wherever the process goes."""
+
+    def anchor(path: str | None) -> str | None:
+        return str(folder / path) if path and not path.startswith("\0") else path
+
+    return replace(
+        target,
+        socket=anchor(target.socket),
+        tls_certificates=anchor(target.tls_certificates),
+        tls_psk_file=anchor(target.tls_psk_file),
+    )
+
+
+SETTINGS: Final = {
+    setting.key: setting
+    for setting in (
+        Setting("target", _target, "route", "target", everywhere=False),
+        Setting("paths", _targets, "route", "paths", everywhere=False),
+        Setting("export", _name, "route", "export"),
+        Setting("device", _device, "link", "device", everywhere=False),
+        Setting("connections", _number, "link", "connections"),
+        Setting("read-only", _switch, "link", "read_only"),
+        Setting("block-size", _size, "link", "block_size"),
+        Setting("timeout", _number, "link", "timeout"),
+        Setting("dead-timeout", _number, "link", "dead_timeout"),
+        Setting("ioctl", _ioctl, "link", "road"),
+        Setting("tls", _choice(POLICIES), "tls", "policy"),
+        Setting("tls-certificates", _file, "files", "directory"),
+        Setting("tls-cert", _file, "files", "certificate"),
+        Setting("tls-key", _file, "files", "key"),
+        Setting("tls-ca", _file, "files", "authority"),
+        Setting("tls-crl", _file, "files", "revocation"),
+        Setting("tls-passphrase", _file, "files", "passphrase"),
+        Setting("tls-psk", _file, "files", "psk"),
+        Setting("tls-username", _text, "files", "username"),
+        Setting("tls-hostname", _text, "tls", "hostname"),
+        Setting("tls-verify-peer", _switch, "tls", "verify_peer"),
+        Setting("tls-verify-depth", _depth, "files", "verify_depth"),
+        Setting("tls-road", _choice(TLS_ROADS), "link", "tls_road"),
+    )
+}
+
+_ANYWHERE: Final = LinkSpec(Target("localhost"))
+
+
+def read_value(
+    key: str, value: Any, folder: Path, source: str, *, word: str | None = None
+) -> Value:
+    """Read what was written for a known key.
+
+    Args:
+        key: one of `SETTINGS`.
+        value: what was written.
+        folder: where relative paths begin.
+        source: `file:line`.
+        word: what the file calls the key, if it has another name for it.
+
+    Raises:
+        ConfigError: it is of another type, or not possible.
+    """
+    setting = SETTINGS[key]
+    try:
+        converted = setting.convert(value, folder)
+        if setting.place == "link":
+            check(replace(_ANYWHERE, **{setting.field: converted}))
+    except ConfigError as error:
+        # "takes a number" and "is empty" are said of the key; other sentences stand by themselves.
+        link = " " if str(error).startswith(("takes ", "is ")) else ": "
+        raise at(source, ConfigError(f"{word or key}{link}{error}", hint=error.hint)) from None
+    return Value(converted, source)
