@@ -134,6 +134,9 @@ HEAD = """\
 `nbdlink attach --tls-road kernel`, `--tls-road relay`, nbd-client (whose TLS is done by a proxy
 process), and without TLS; fio reads and writes past the page cache, in a virtual machine.
 Processor time is the whole machine's: kernel, server and fio included.
+The ciphers differ: nbdlink prefers ChaCha20-Poly1305 where the kernel is to do TLS, AES-128-GCM for
+its relay, and nbd-client what GnuTLS prefers. So the ratios are those of the programs as they come,
+under emulation, and not of the roads alone.
 """
 
 

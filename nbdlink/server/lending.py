@@ -72,7 +72,8 @@ class Lending:
         self._workers = workers
         self._executor = executor
         self._session = session
-        # Data is page aligned: the kernel copies to odd addresses three times as slowly.
+        # Data is page aligned: 8 to 24 bytes behind a page's beginning, where a header would put
+        # it, 64 KiB took three times as long to be read (from 32 bytes on it did not).
         head = form.data.size
         self._copy = buffer(head + COPIED, mmap.PAGESIZE - head)[1] if copies else None
 
