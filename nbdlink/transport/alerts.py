@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from OpenSSL import SSL
+
 from nbdlink.errors import TLSError
+from nbdlink.transport.tlscontext import Judgement, reasons
 
 # OpenSSL's words (ssl_err.c, in lower case with spaces), and ours. "alert" stands in those that
 # the peer has sent: it is the one that is not content.
@@ -64,7 +67,7 @@ _HANDSHAKE: Final[dict[str, tuple[str, str | None]]] = {
 
 
 # The same, for a client that has a pre-shared key.
-KEY_ALERTS: Final = {
+_KEY_ALERTS: Final = {
     "alert handshake failure": (
         "the server has no key for {user}, or uses certificates instead",
         "check --tls-username and the server's key file",
@@ -84,10 +87,10 @@ KEY_ALERTS: Final = {
 }
 
 # How a server fails if the client's key is another one, in TLS 1.3 and 1.2.
-WRONG_KEY: Final = ("binder does not verify", "bad record mac", "record layer failure")
+_WRONG_KEY: Final = ("binder does not verify", "bad record mac", "record layer failure")
 
 # A server without certificates fails so if it finds no key to use.
-NO_KEY: Final = frozenset(
+_NO_KEY: Final = frozenset(
     {"no suitable signature algorithm", "no shared cipher", "psk identity not found"}
 )
 
@@ -114,7 +117,7 @@ _ALERTS: Final = {
 }
 
 
-def explain_handshake(words: str, peer: str) -> TLSError:
+def _explain_handshake(words: str, peer: str) -> TLSError:
     """Say why a handshake failed, by OpenSSL's words for it."""
     for known, (message, hint) in _HANDSHAKE.items():
         if known in words:
@@ -134,5 +137,44 @@ def explain_stream(words: str, peer: str) -> TLSError:
     server's refusal may come as late as this.
     """
     if "alert" in words:
-        return explain_handshake(words, peer)
+        return _explain_handshake(words, peer)
     return TLSError(f"what the {peer} sent is no valid TLS: {words}")
+
+
+def explain_failure(error: SSL.Error, judgement: Judgement) -> TLSError:
+    """Say why a handshake failed: what our own judgement was, or else by OpenSSL's words."""
+    if judgement.failure:
+        message, hint = judgement.failure
+        return TLSError(message, hint=hint)
+    words, role = reasons(error), judgement.role
+    if isinstance(error, SSL.ZeroReturnError):
+        return TLSError(f"the {role} took leave in the TLS handshake, and does not say why")
+    if judgement.has_keys and (failure := _key_error(words, judgement)):
+        return failure
+    return _explain_handshake(words, role)
+
+
+def _key_error(words: str, judgement: Judgement) -> TLSError | None:
+    """Say what is wrong with a pre-shared key, if OpenSSL's words are about that."""
+    if judgement.own_user is not None:
+        for known, (message, hint) in _KEY_ALERTS.items():
+            if known in words:
+                return TLSError(message.format(user=judgement.own_user), hint=hint)
+    elif judgement.user is not None and any(each in words for each in _WRONG_KEY):
+        user = ascii(judgement.user)
+        return TLSError(f"the client has another pre-shared key for {user} than we have")
+    elif words in _NO_KEY and judgement.unknown_user is not None:
+        return TLSError(f"the client is {judgement.unknown_user!a}, who has no key here")
+    elif words in _NO_KEY:
+        return TLSError("the client offers no pre-shared key, which it has to have here")
+    return None
+
+
+def suspicion(judgement: Judgement) -> str:
+    """Say what may be wrong with a client whose server hung up in the handshake in silence."""
+    if user := judgement.own_user:
+        return (
+            f"perhaps it has no key, or another one, for {user}: compare the key files; "
+            "its log will tell"
+        )
+    return "perhaps it wants a pre-shared key (--tls-psk FILE): its log will tell"

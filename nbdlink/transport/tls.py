@@ -34,13 +34,7 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from nbdlink.errors import TLSError, TransportError
-from nbdlink.transport.alerts import (
-    KEY_ALERTS,
-    NO_KEY,
-    WRONG_KEY,
-    explain_handshake,
-    explain_stream,
-)
+from nbdlink.transport.alerts import explain_failure, explain_stream, suspicion
 from nbdlink.transport.credentials import describe
 from nbdlink.transport.stream import Deadline, reason
 from nbdlink.transport.tlscontext import Judgement, reasons
@@ -149,23 +143,22 @@ class TLSStream:
                     self._receive_record(deadline)
                 else:
                     break
-            self._counts = self._connection.get_protocol_version_name() == "TLSv1.3"
-            if not is_server:
-                self._counts, counts = False, self._counts
-                self._flush_within(deadline)  # our Finished has still the handshake's keys
-                self._counts = counts
-            else:
-                self._flush_within(deadline)  # session tickets
+            counts = self._connection.get_protocol_version_name() == "TLSv1.3"
+            # What is still to be sent: a server's session tickets count, while a client's
+            # Finished has the handshake's keys.
+            self._counts = counts and is_server
+            self._flush_within(deadline)
+            self._counts = counts
         except SSL.Error as error:
             self._say_why(deadline)
-            raise self._handshake_error(error) from None
+            raise explain_failure(error, self._judgement) from None
         except TLSError:
             self._say_why(deadline)
             raise
         except TransportError as error:
             # Programs with GnuTLS like to close the connection without an alert.
             if not is_server and not isinstance(error.__context__, TimeoutError):
-                error.hint = self._suspicion()
+                error.hint = suspicion(self._judgement)
             raise
         judgement = self._judgement
         if judgement.host is not None and not judgement.host_matches:
@@ -179,46 +172,10 @@ class TLSStream:
         self.session = session
         return session
 
-    def _suspicion(self) -> str:
-        """Say what may be wrong with a client if the server says nothing."""
-        if user := self._judgement.own_user:
-            return (
-                f"perhaps it has no key, or another one, for {user}: compare the key files; "
-                "its log will tell"
-            )
-        return "perhaps it wants a pre-shared key (--tls-psk FILE): its log will tell"
-
     def _say_why(self, deadline: Deadline) -> None:
         """Send the alert that OpenSSL has made."""
         with contextlib.suppress(TransportError, OSError):
             self._flush_within(deadline)
-
-    def _handshake_error(self, error: SSL.Error) -> TLSError:
-        if self._judgement.failure:
-            message, hint = self._judgement.failure
-            return TLSError(message, hint=hint)
-        words, role = reasons(error), self._judgement.role
-        if isinstance(error, SSL.ZeroReturnError):
-            return TLSError(f"the {role} took leave in the TLS handshake, and does not say why")
-        if self._judgement.has_keys and (failure := self._key_error(words)):
-            return failure
-        return explain_handshake(words, role)
-
-    def _key_error(self, words: str) -> TLSError | None:
-        """Say what is wrong with a pre-shared key, if OpenSSL's words are about that."""
-        judgement = self._judgement
-        if judgement.own_user is not None:
-            for known, (message, hint) in KEY_ALERTS.items():
-                if known in words:
-                    return TLSError(message.format(user=judgement.own_user), hint=hint)
-        elif judgement.user is not None and any(each in words for each in WRONG_KEY):
-            user = ascii(judgement.user)
-            return TLSError(f"the client has another pre-shared key for {user} than we have")
-        elif words in NO_KEY and judgement.unknown_user is not None:
-            return TLSError(f"the client is {judgement.unknown_user!a}, who has no key here")
-        elif words in NO_KEY:
-            return TLSError("the client offers no pre-shared key, which it has to have here")
-        return None
 
     def _describe(self) -> TLSSession:
         connection = self._connection

@@ -6,6 +6,7 @@ codec cannot hide itself.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -144,6 +145,21 @@ class RawClient:
                 raise HungUpError(bytes(data))
             data += piece
         return bytes(data)
+
+    def trickle(self, data):
+        """Send a byte at a time, until the server hangs up; give how many it took."""
+        self.sock.settimeout(0.02)
+        count = 0
+        with contextlib.suppress(ConnectionError):
+            for byte in data:
+                self.send(bytes([byte]))
+                count += 1
+                try:
+                    if self.sock.recv(1) == b"":
+                        break
+                except TimeoutError:
+                    continue
+        return count
 
     def hung_up(self):
         """Wait until the server has hung up without another word."""
