@@ -97,7 +97,10 @@ def _fork(streams: Sequence[TLSStream], ends: Sequence[socket.socket], name: str
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             raise OSError("it does not begin")
-        said = os.read(answer, 32)
+        said = b""
+        # To the end of the pipe: then it has let go of everything that was only for its beginning.
+        while piece := os.read(answer, 32):
+            said += piece
         with contextlib.suppress(ChildProcessError):  # who started us ignores SIGCHLD
             os.waitpid(child, 0)
     finally:
