@@ -8,6 +8,7 @@
      ├── LocalProtocolError     this side was about to break the protocol: a bug of the caller
      ├── RemoteProtocolError    the other side broke the protocol; the connection is dead
      │    └── OldstyleServerError    it speaks only the negotiation that was given up in 2011
+     │    └── ForeignExportError     it is not the export that the device was attached to
      ├── OptionError            the server refused one option; the negotiation can go on
      ├── RequestError           the server refused one request; the connection lives
      ├── TLSError               credentials, verification or the TLS stream itself
@@ -62,6 +63,10 @@ class RemoteProtocolError(NBDError):
 
 class OldstyleServerError(RemoteProtocolError):
     """The server speaks only the oldstyle negotiation, which has neither names nor options."""
+
+
+class ForeignExportError(RemoteProtocolError):
+    """A server offers under a device's target what is not what the device was attached to."""
 
 
 class OptionError(NBDError):
@@ -153,7 +158,7 @@ def is_retryable(error: BaseException) -> bool:
     A server that is away, restarts or is shutting down comes back; one that speaks another
     protocol, refuses a name or wants other credentials does not.
     """
-    if isinstance(error, OldstyleServerError):
+    if isinstance(error, OldstyleServerError | ForeignExportError):
         return False
     if isinstance(error, RequestError):
         return error.errno in _TRANSIENT_ERRNOS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from nbdlink.protocol.claim import NO_TESTIMONY, Testimony
 from nbdlink.protocol.constants import (
     DEFAULT_MAXIMUM_PAYLOAD,
     DEFAULT_MINIMUM_BLOCK,
@@ -29,6 +30,7 @@ class NegotiatedExport:
         description: words for people; empty if there are none.
         style: which headers requests and replies have.
         contexts: the metadata contexts that were selected, and their ids on this connection.
+        testimony: what it said to a claim (`nbdlink.protocol.claim`), if one was made.
     """
 
     name: str
@@ -39,6 +41,7 @@ class NegotiatedExport:
     description: str = ""
     style: HeaderStyle = HeaderStyle.SIMPLE
     contexts: Mapping[str, int] = field(default_factory=dict, hash=False)
+    testimony: Testimony = NO_TESTIMONY
 
     @property
     def minimum_block(self) -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Self
 from nbdlink.client.export import NegotiatedExport
 from nbdlink.client.security import Security, refused
 from nbdlink.errors import OptionError, RemoteProtocolError, TLSError, TransportError
+from nbdlink.protocol.claim import NO_TESTIMONY, Claim, Testimony
 from nbdlink.protocol.constants import (
     ALLOCATION_CONTEXT,
     ClientFlag,
@@ -268,6 +269,24 @@ class Negotiation:
         self._selected = (name, selected)
         return dict(selected)
 
+    def claim(self, claim: Claim) -> Testimony:
+        """Say which channel of a device this connection is, before the target is chosen.
+
+        Returns:
+            What the server says to that; nothing where it does not understand.
+
+        Raises:
+            OptionError: the server is shutting down.
+        """
+        request = MetaContextRequest(self.target.export, (claim.query,))
+        try:
+            found = self._contexts(Option.LIST_META_CONTEXT, request)
+        except OptionError as error:
+            if error.reply == OptionReply.ERR_SHUTDOWN:
+                raise
+            return NO_TESTIMONY
+        return Testimony.parse(context.name for context in found)
+
     def info(self, name: str | None = None) -> NegotiatedExport:
         """Ask about an export without choosing it.
 
@@ -486,6 +505,8 @@ def negotiate(
     *,
     timeout: float | None = DEFAULT_TIMEOUT,
     security: Security | None = None,
+    claim: Claim | None = None,
+    claim_needed: bool = False,
 ) -> tuple[Wire, NegotiatedExport]:
     """Connect to `target`'s export with simple replies, ready for the first request.
 
@@ -493,6 +514,9 @@ def negotiate(
         target: server and export.
         timeout: seconds for connection and handshake together, or None for ever.
         security: what is demanded of TLS; None for what the target says.
+        claim: which channel of a device the connection will be, for servers that understand.
+        claim_needed: whether the server is known to understand. If not, and it hangs up on the
+            claim, there is a second connection without one.
 
     Returns:
         The connected, blocking socket, which the caller owns, and what the server said. With
@@ -502,9 +526,24 @@ def negotiate(
         TransportError, RemoteProtocolError, OptionError, TLSError, ConfigError: see
             `Negotiation`.
     """
+    deadline = Deadline(timeout)
     with Negotiation(target, timeout=timeout, security=security) as negotiation:
-        export = negotiation.go()
-        return negotiation.detach_socket(), export
+        testimony = NO_TESTIMONY
+        failure: TransportError | RemoteProtocolError | None = None
+        if claim is not None and negotiation.fixed:
+            try:
+                testimony = negotiation.claim(claim)
+            except (TransportError, RemoteProtocolError) as error:
+                if claim_needed:
+                    raise
+                failure = error
+        if failure is None:
+            export = negotiation.go()
+            return negotiation.detach_socket(), replace(export, testimony=testimony)
+    # As in `Negotiation.best`: it may be that it hangs up on options that it does not know.
+    with contextlib.suppress(TimeoutError):
+        return negotiate(target, timeout=deadline.left(), security=security)
+    raise failure
 
 
 def negotiate_best(

@@ -11,12 +11,13 @@ Numbers and types: `include/uapi/linux/nbd-netlink.h`, policies in `drivers/bloc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from threading import RLock
@@ -246,12 +247,60 @@ def _request(command: int, attributes: list[tuple[str, Any]], doing: str, name: 
     message["cmd"] = command
     message["version"] = _VERSION
     message["attrs"] = attributes
-    with _open() as sock:
+    with _kept.opened() if _kept else _open() as sock:
         family = _family_id(sock)
         try:
             return [_decoded(_NBDMessage, data) for data in _exchange(sock, message, family)]
         except OSError as error:
             raise _explained(error, doing, name) from None
+
+
+class _Kept:
+    """A socket that stays open, for one thread at a time.
+
+    The kernel carries out requests of this kind one by one anyway (`genl_mutex`).
+    """
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        self._lock = RLock()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[socket.socket]:
+        with self._lock:
+            if self._socket is None:
+                self._socket = _open()
+            try:
+                yield self._socket
+            except KernelError:
+                raise  # the answer was one
+            except BaseException:
+                self.close()  # nobody knows what is still to come on it
+                raise
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+
+_kept: _Kept | None = None
+
+
+@contextlib.contextmanager
+def kept_open() -> Iterator[None]:
+    """Use one socket for all requests meanwhile.
+
+    A kernel may shut devices down when the socket that has configured them is closed; so
+    whoever looks after devices keeps it.
+    """
+    global _kept
+    _kept = _Kept()
+    try:
+        yield
+    finally:
+        kept, _kept = _kept, None
+        kept.close()
 
 
 def _open() -> socket.socket:

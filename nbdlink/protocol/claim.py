@@ -29,7 +29,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 
-__all__ = ["NAMESPACE", "Claim", "Testimony"]
+__all__ = ["NAMESPACE", "NO_TESTIMONY", "Claim", "Testimony"]
 
 NAMESPACE: Final = "x-nbdlink:"
 _HIGHEST: Final = (1 << 63) - 1
@@ -142,3 +142,7 @@ class Testimony:
             elif name.startswith(_SIGNATURE):
                 signature = name.removeprefix(_SIGNATURE)[:_LONGEST_SIGNATURE]
         return cls(fences, signature)
+
+
+NO_TESTIMONY: Final = Testimony()
+"""What servers say that do not understand."""

@@ -1,0 +1,179 @@
+"""Which of the sockets that the kernel was given are still connected, and how to end one.
+
+The nbd driver does not tell which of a device's connections are dead. But a socket keeps its
+inode number for as long as the driver holds it, and the socket diagnosis of the kernel
+(sock_diag(7)) lists sockets by inode with their state. When the driver gives a connection up it
+shuts the socket down (`nbd_mark_nsock_dead`), which shows there; so it does when the peer has
+closed it. A peer that has vanished without a goodbye shows as connected, until a request times
+out.
+
+The same interface can end a TCP connection that no process has open any more (SOCK_DESTROY,
+`CONFIG_INET_DIAG_DESTROY`; `ss -K` uses it). For Unix sockets there is no such thing.
+
+The messages are fixed structures (`include/uapi/linux/inet_diag.h`, `unix_diag.h`), written out
+here: pyroute2 has them too, in a module that brings asyncio along, whose import takes longer
+than `nbdlink list`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from nbdlink.errors import KernelError
+from nbdlink.kernel import module
+
+_NETLINK_SOCK_DIAG: Final = 4
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_SOCK_DESTROY: Final = 21
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 1, 4, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_ESTABLISHED: Final = 1
+_EVERY_STATE: Final = 0xFFF
+_UDIAG_SHOW_NOTHING: Final = 0
+_UNIX_DIAG_SHUTDOWN: Final = 6
+
+_HEADER: Final = struct.Struct("=IHHII")
+_ERROR: Final = struct.Struct("=i")
+_INET_REQUEST: Final = struct.Struct("=BBBBI48s")
+"""struct inet_diag_req_v2: family, protocol, extensions, padding, states, socket."""
+_INET_MESSAGE: Final = struct.Struct("=BBBB48sIIIII")
+"""struct inet_diag_msg: family, state, timer, retransmissions, socket, expires, receive queue,
+send queue, user, inode."""
+_UNIX_REQUEST: Final = struct.Struct("=BBHIIIII")
+"""struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie."""
+_UNIX_MESSAGE: Final = struct.Struct("=BBBBIII")
+"""struct unix_diag_msg: family, type, state, padding, inode, cookie."""
+_ATTRIBUTE: Final = struct.Struct("=HH")
+_RECEIVE_BYTES: Final = 1 << 16
+
+
+def inode(sock: socket.socket) -> int:
+    """Give the number by which a socket is known here, for as long as anybody has it."""
+    return os.fstat(sock.fileno()).st_ino
+
+
+def connected(inodes: Collection[int]) -> set[int] | None:
+    """Give those of the inodes that are sockets which are still connected both ways.
+
+    Sees the sockets of its own network namespace only.
+
+    Returns:
+        A subset of `inodes`, or None if the kernel does not tell.
+    """
+    wanted = frozenset(inodes)
+    if not wanted:
+        return set()
+    try:
+        found = {number for number, _, _, alive in _inet() if alive and number in wanted}
+        if found != wanted:
+            found |= {number for number, alive in _unix() if alive and number in wanted}
+    except OSError:
+        return None
+    return found
+
+
+def destroy(number: int) -> bool:
+    """End the TCP connection with this inode, at once: both sides see it broken.
+
+    Returns:
+        Whether there was such a connection.
+
+    Raises:
+        RightsError: CAP_NET_ADMIN is missing.
+        KernelError: the kernel cannot do that.
+    """
+    try:
+        for found, family, identity, _ in _inet():
+            if found == number:
+                request = _INET_REQUEST.pack(
+                    family, socket.IPPROTO_TCP, 0, 0, _EVERY_STATE, identity
+                )
+                _send(_SOCK_DESTROY, request)
+                return True
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False  # it ended by itself just now
+        if error.errno in (errno.EPERM, errno.EACCES):
+            raise module.rights_error("ending a connection", error.errno) from None
+        raise KernelError(
+            f"the kernel cannot end a connection: {os.strerror(error.errno or 0).lower()}",
+            errno=error.errno or 0,
+            hint="it takes CONFIG_INET_DIAG_DESTROY",
+        ) from None
+    return False
+
+
+def _inet() -> Iterator[tuple[int, int, bytes, bool]]:
+    """Give inode, family, identity and life of every TCP socket."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        request = _INET_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _EVERY_STATE, bytes(48))
+        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+            for body in _dump(request):
+                fields = _INET_MESSAGE.unpack_from(body)
+                yield fields[9], fields[0], fields[4], fields[1] == _ESTABLISHED
+
+
+def _unix() -> Iterator[tuple[int, bool]]:
+    """Give inode and life of every Unix socket."""
+    request = _UNIX_REQUEST.pack(
+        socket.AF_UNIX, 0, 0, _EVERY_STATE, 0, _UDIAG_SHOW_NOTHING, 0xFFFFFFFF, 0xFFFFFFFF
+    )
+    for body in _dump(request):
+        _, _, state, _, number, _, _ = _UNIX_MESSAGE.unpack_from(body)
+        yield number, state == _ESTABLISHED and not _shutdown(body[_UNIX_MESSAGE.size :])
+
+
+def _shutdown(attributes: bytes) -> int:
+    """Give which directions of a Unix socket have been shut down."""
+    while len(attributes) > _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(attributes)
+        if kind == _UNIX_DIAG_SHUTDOWN:
+            return attributes[_ATTRIBUTE.size]
+        attributes = attributes[(max(length, _ATTRIBUTE.size) + 3) & ~3 :]
+    return 0
+
+
+def _dump(request: bytes) -> Iterator[bytes]:
+    with _open() as sock:
+        sock.send(_message(_SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, request))
+        yield from _answers(sock)
+
+
+def _send(kind: int, request: bytes) -> None:
+    with _open() as sock:
+        sock.send(_message(kind, _NLM_F_REQUEST | _NLM_F_ACK, request))
+        for _ in _answers(sock):
+            pass
+
+
+def _open() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
+
+
+def _message(kind: int, flags: int, body: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, 1, 0) + body
+
+
+def _answers(sock: socket.socket) -> Iterator[bytes]:
+    """Give the bodies of the kernel's answers, to the last.
+
+    Raises:
+        OSError: the answer was an error.
+    """
+    while True:
+        packet = sock.recv(_RECEIVE_BYTES)
+        while len(packet) >= _HEADER.size:
+            length, kind, _, _, _ = _HEADER.unpack_from(packet)
+            if kind in (_NLMSG_ERROR, _NLMSG_DONE):
+                code = _ERROR.unpack_from(packet, _HEADER.size)[0] if length > _HEADER.size else 0
+                if code:
+                    raise OSError(-code, os.strerror(-code))
+                return
+            yield packet[_HEADER.size : length]
+            packet = packet[(length + 3) & ~3 :]
