@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from nbdlink.cli.tls import add_client_arguments, client_options
 from nbdlink.errors import ConfigError, NBDError
 from nbdlink.sizes import parse_size
+
+if TYPE_CHECKING:
+    from nbdlink.link.spec import LinkSpec
 
 
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -20,22 +24,35 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
 
 def _add_attach(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("target", metavar="TARGET", help="host[:port][/export] or an NBD URI")
+    add(
+        "target",
+        metavar="TARGET",
+        nargs="?",
+        help="host[:port][/export] or an NBD URI; without it, the configured link --name",
+    )
     add("device", metavar="/dev/nbdN", nargs="?", help="which device (default: a free one)")
     add("-x", "--export", metavar="NAME", help="the export's name, if not in TARGET")
+    add(
+        "--path",
+        metavar="TARGET",
+        dest="paths",
+        action="append",
+        default=[],
+        help="another way to the same export, over which connections are spread; repeatable",
+    )
     add("--name", help="name the link; attaching the same link again changes nothing")
-    add("-C", "--connections", metavar="N", type=int, default=1, help="connections (1)")
+    add("-C", "--connections", metavar="N", type=int, help="connections (1)")
     add("-r", "--read-only", action="store_true", help="bind it read-only")
     add("--block-size", metavar="SIZE", help="logical block size: 512 to 4096 (512)")
-    add("--timeout", metavar="S", type=int, default=30, help="seconds a request may take (30)")
+    add("--timeout", metavar="S", type=int, help="seconds a request may take (30)")
     add(
         "--dead-timeout",
         metavar="S",
         type=int,
-        default=0,
-        help="seconds that I/O waits for a renewal once no connection is left (0)",
+        help="seconds that I/O waits for a renewal once no connection is left (0; supervised: 300)",
     )
     add("--ioctl", action="store_true", help="use the ioctl interface, never netlink")
+    add("--supervise", action="store_true", help="stay, and renew what breaks")
     add("--no-wait", action="store_true", help="do not wait for the partitions")
     add("--json", action="store_true", help="print the device as JSON")
     add_client_arguments(parser, road=True)
@@ -53,34 +70,12 @@ def _add_detach(parser: argparse.ArgumentParser) -> None:
 
 def run_attach(arguments: argparse.Namespace) -> int:
     """Attach and print the device."""
-    from dataclasses import replace
+    from nbdlink.link.attach import attach_spec
 
-    from nbdlink.link.attach import LinkSpec, attach_spec
-    from nbdlink.uri import Target
-
-    target = Target.parse(arguments.target)
-    if arguments.export is not None:
-        if target.export:
-            raise ConfigError(
-                f"the export is named twice: {target.export!r} and {arguments.export!r}"
-            )
-        target = replace(target, export=arguments.export)
-    device = attach_spec(
-        LinkSpec(
-            target=target,
-            device=arguments.device,
-            name=arguments.name,
-            connections=arguments.connections,
-            read_only=arguments.read_only,
-            block_size=parse_size(arguments.block_size) if arguments.block_size else None,
-            timeout=arguments.timeout,
-            dead_timeout=arguments.dead_timeout,
-            road="ioctl" if arguments.ioctl else "auto",
-            wait=None if arguments.no_wait else 30.0,
-            tls=client_options(arguments),
-            tls_road=arguments.tls_road,
-        )
-    )
+    spec = _configured(arguments) if arguments.target is None else _asked_for(arguments)
+    if arguments.supervise and spec.name is None:
+        raise ConfigError("--supervise takes a link with a name", hint="add --name NAME")
+    device = attach_spec(spec)
     if device.reason:
         print(f"nbdlink: {device.path} is on the ioctl road: {device.reason}", file=sys.stderr)
     if device.missing:
@@ -93,7 +88,98 @@ def run_attach(arguments: argparse.Namespace) -> int:
         print_json(device_as_json(device.index))
     else:
         print(device.path)
+    if arguments.supervise:
+        from nbdlink.cli.supervise import supervise
+        from nbdlink.link.config import Configuration, ConfiguredLink
+
+        sys.stdout.flush()  # whoever waits for the device has it
+        link = ConfiguredLink(spec, "the command line")
+        supervise(lambda: Configuration({str(spec.name): link}), [str(spec.name)])
     return 0
+
+
+def _asked_for(arguments: argparse.Namespace) -> LinkSpec:
+    """Give what the command line describes."""
+    from dataclasses import replace
+
+    from nbdlink.link.configured import DEAD_TIMEOUT
+    from nbdlink.link.spec import LinkSpec
+    from nbdlink.uri import Target
+
+    target = Target.parse(arguments.target)
+    paths = tuple(Target.parse(path) for path in arguments.paths)
+    if arguments.export is not None:
+        if target.export:
+            raise ConfigError(
+                f"the export is named twice: {target.export!r} and {arguments.export!r}"
+            )
+        target = replace(target, export=arguments.export)
+    if target.export:
+        paths = tuple(p if p.export else replace(p, export=target.export) for p in paths)
+    if len({target, *paths}) <= len(paths):
+        raise ConfigError(
+            "the same way to the export is named twice",
+            hint="more connections over one way are --connections",
+        )
+    dead_timeout = arguments.dead_timeout
+    if dead_timeout is None:
+        dead_timeout = DEAD_TIMEOUT if arguments.supervise else 0
+    return LinkSpec(
+        target=target,
+        paths=paths,
+        device=arguments.device,
+        name=arguments.name,
+        connections=_or(arguments.connections, 1),
+        read_only=arguments.read_only,
+        block_size=parse_size(arguments.block_size) if arguments.block_size else None,
+        timeout=_or(arguments.timeout, 30),
+        dead_timeout=dead_timeout,
+        road="ioctl" if arguments.ioctl else "auto",
+        wait=None if arguments.no_wait else 30.0,
+        tls=client_options(arguments),
+        tls_road=arguments.tls_road,
+    )
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _configured(arguments: argparse.Namespace) -> LinkSpec:
+    """Give the configured link that is named."""
+    from dataclasses import replace
+
+    from nbdlink.client.security import NO_OPTIONS
+    from nbdlink.link import config
+
+    if arguments.name is None:
+        raise ConfigError(
+            "name a TARGET, or a configured link with --name", hint="nbdlink attach --help"
+        )
+    said = [
+        f"--{key.replace('_', '-')}"
+        for key in ("export", "connections", "block_size", "timeout", "dead_timeout")
+        if getattr(arguments, key) is not None
+    ]
+    said += [
+        f"--{key.replace('_', '-')}" for key in ("read_only", "ioctl") if arguments.__dict__[key]
+    ]
+    said += ["--path"] if arguments.paths else []
+    if client_options(arguments) != NO_OPTIONS or arguments.tls_road != "auto":
+        said.append("an option for TLS")
+    if said:
+        raise ConfigError(
+            f"{said[0]} goes with a TARGET; a configured link is attached as it is configured",
+            hint="say it in the file",
+        )
+    link = config.load().links.get(arguments.name)
+    if link is None:
+        raise ConfigError(
+            f"there is no configured link named {arguments.name!r}",
+            hint="name a TARGET, or say [link.NAME] in /etc/nbdlink.toml",
+        )
+    device = arguments.device or link.spec.device
+    return replace(link.spec, device=device, wait=None if arguments.no_wait else 30.0)
 
 
 def run_detach(arguments: argparse.Namespace) -> int:

@@ -125,8 +125,8 @@ def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str,
         "dead_timeout": known.dead_timeout if known else None,
         "road": state.road,
         "tls": _tls_road(known) if known else None,
-        "channels": known.channels if known else [],
-        "relay": known.relay if known else None,
+        "channels": _channels(known) if known else [],
+        "relay": _relay(known) if known else None,
         "backend": state.backend,
         "pid": state.pid,
         "mounts": list(state.mounts),
@@ -137,18 +137,48 @@ def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str,
     }
 
 
+def _channels(known: Record) -> list[dict[str, Any]]:
+    from nbdlink.kernel import sockets
+
+    alive = sockets.connected([each.inode for each in known.channels if each.inode])
+    return [
+        {
+            "tls": each.tls,
+            "version": each.version,
+            "cipher": each.cipher,
+            "reason": each.reason,
+            "route": each.route,
+            "alive": None if alive is None or each.inode is None else each.inode in alive,
+            "generation": each.generation,
+            "relay": each.relay,
+        }
+        for each in known.channels
+    ]
+
+
+def _relay(known: Record) -> int | None:
+    return next((each.relay for each in known.channels if each.relay), None)
+
+
 def _tls_road(known: Record) -> str:
     """Tell who does TLS, for all the connections of a device."""
-    roads = {str(channel.get("tls")) for channel in known.channels} or {"none"}
+    roads = {each.tls for each in known.channels} or {"none"}
     return roads.pop() if len(roads) == 1 else "mixed"
 
 
-def _channel_line(channel: dict[str, str | None]) -> str:
-    if channel.get("tls") == "none":
-        return "without TLS"
-    road = "TLS in the kernel" if channel.get("tls") == "kernel" else "TLS through the relay"
-    why = f" ({channel['reason']})" if channel.get("reason") else ""
-    return f"{road}{why}, {channel.get('version')}, {channel.get('cipher')}"
+def _channel_line(channel: dict[str, Any]) -> str:
+    words = [] if channel["route"] is None else [str(channel["route"])]
+    if channel["alive"] is False:
+        words.append("dead")
+    if channel["tls"] == "none":
+        words.append("without TLS")
+    else:
+        road = "TLS in the kernel" if channel["tls"] == "kernel" else "TLS through the relay"
+        why = f" ({channel['reason']})" if channel["reason"] else ""
+        words.append(f"{road}{why}, {channel['version']}, {channel['cipher']}")
+    if channel["generation"]:
+        words.append(f"renewed {channel['generation']} times")
+    return ", ".join(words)
 
 
 # Exports.

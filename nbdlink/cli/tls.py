@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nbdlink.errors import ConfigError
-from nbdlink.link.channel import TLS_ROADS
+from nbdlink.link.record import TLS_ROADS
 from nbdlink.transport.tlsfiles import POLICIES, CredentialFiles, Policy
 
 if TYPE_CHECKING:

@@ -1,14 +1,19 @@
-"""Waiting until udevd has processed a device and its partitions.
+"""Waiting until udevd has processed a device and its partitions; and the kernel's own uevents.
 
 udevd announces each event that it has finished on a netlink group of its own. A listener that
 was there before the device was attached misses none, so nothing is polled: who waits says which
-devices must have been announced since. pyudev is imported only where udevd runs.
+devices must have been announced since. pyudev is imported only where it is used.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import socket
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +21,7 @@ from typing import Any
 _CONTROL = "/run/udev/control"
 _UNIX_SOCKETS = Path("/proc/net/unix")
 _SEQUENCE = Path("/sys/kernel/uevent_seqnum")
+_DEVICE = re.compile(r"nbd(0|[1-9][0-9]*)(p[1-9][0-9]*)?\Z")
 
 
 def runs() -> bool:
@@ -93,6 +99,75 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Uevent:
+    """What the kernel says of an nbd device or of one of its partitions.
+
+    Attributes:
+        action: "add", "remove", "change" and the like (`lib/kobject_uevent.c`).
+        index: N of `/dev/nbdN`.
+        partition: whether it is about a partition of it.
+        resized: whether it says that the size is another (`set_capacity_and_notify`).
+    """
+
+    action: str
+    index: int
+    partition: bool
+    resized: bool
+
+
+class Uevents:
+    """Listens to the kernel itself, so that it works with and without a udevd.
+
+    What udevd makes of an event (its links, its properties) has not been done yet when it is
+    heard here.
+
+    Raises:
+        ImportError, OSError: there is no libudev, or no such socket to be had.
+    """
+
+    def __init__(self) -> None:
+        from pyudev import Context, Monitor
+
+        self._monitor: Any = Monitor.from_netlink(Context(), source="kernel")
+        self._monitor.filter_by("block")
+        self._monitor.start()
+
+    def fileno(self) -> int:
+        """Give the descriptor that is readable when there is something to receive."""
+        return int(self._monitor.fileno())
+
+    def receive(self) -> Uevent | None:
+        """Give the next one, without waiting, or None if there is none.
+
+        Raises:
+            OSError: events were lost (ENOBUFS).
+        """
+        while (device := self._next()) is not None:
+            if match := _DEVICE.match(device.sys_name):
+                return Uevent(
+                    device.action,
+                    int(match[1]),
+                    partition=match[2] is not None,
+                    resized=device.properties.get("RESIZE") == "1",
+                )
+        return None
+
+    def _next(self) -> Any:
+        try:
+            return self._monitor.poll(0)
+        except OSError:
+            # pyudev (0.24) says so instead of receiving, without the reason, and would for ever.
+            with socket.socket(fileno=os.dup(self.fileno())) as same:
+                number = same.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            raise OSError(number or errno.ENOBUFS, "uevents were lost") from None
+
+    def close(self) -> None:
+        """Stop listening."""
+        # pyudev closes the socket when the last reference goes.
+        self._monitor = None
 
 
 def _monitor() -> Any:

@@ -9,69 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 
 from nbdlink import kernel
 from nbdlink.client.export import NegotiatedExport
-from nbdlink.client.negotiate import DEFAULT_TIMEOUT, negotiate
+from nbdlink.client.negotiate import negotiate
 from nbdlink.client.security import NO_OPTIONS, Security, TLSOptions
 from nbdlink.errors import (
     ConfigError,
     DeviceBusyError,
+    DeviceInUseError,
     KernelError,
     NBDError,
     RemoteProtocolError,
 )
 from nbdlink.link import channel, record
-from nbdlink.link.channel import TLSRoad
+from nbdlink.link.record import Channel, Record, TLSRoad
+from nbdlink.link.spec import SECTOR, LinkSpec, Road, check, describe, differences
+from nbdlink.protocol.claim import Claim
 from nbdlink.protocol.constants import TransmissionFlag
 from nbdlink.transport.stream import Wire
 from nbdlink.uri import Target
 
-Road = Literal["auto", "netlink", "ioctl"]
-
-MAX_CONNECTIONS = 64
-"""More sockets than this are a typing error: the kernel keeps a thread's worth of state each."""
-
-_SECTOR = 512
-_LONGEST = 86400
 _LONGEST_IDENTIFIER = 512
-
-
-@dataclass(frozen=True, slots=True)
-class LinkSpec:
-    """What an administrator asks for.
-
-    Attributes:
-        target: server and export.
-        device: `/dev/nbdN`, or None to let the kernel pick a free one.
-        name: the link's name, or None.
-        connections: how many sockets to spread requests over.
-        read_only: bind it read-only even if the export could be written.
-        block_size: logical block size in bytes, or None for 512 or the server's minimum.
-        timeout: seconds after which a request is given up on its connection.
-        dead_timeout: seconds for which I/O waits once no connection is left.
-        road: netlink, ioctl, or whichever there is.
-        negotiation_timeout: seconds for connecting and negotiating each connection.
-        wait: seconds to wait for the partitions, or None not to wait at all.
-        tls: what is demanded of TLS, beside what the target says.
-        tls_road: who does it: "kernel", "relay", or "auto" for the kernel if it can.
-    """
-
-    target: Target
-    device: str | None = None
-    name: str | None = None
-    connections: int = 1
-    read_only: bool = False
-    block_size: int | None = None
-    timeout: int = 30
-    dead_timeout: int = 0
-    road: Road = "auto"
-    negotiation_timeout: float = DEFAULT_TIMEOUT
-    wait: float | None = 30.0
-    tls: TLSOptions = NO_OPTIONS
-    tls_road: TLSRoad = "auto"
 
 
 def attach(
@@ -88,6 +50,7 @@ def attach(
     wait: float | None = 30.0,
     tls: TLSOptions = NO_OPTIONS,
     tls_road: TLSRoad = "auto",
+    paths: Sequence[Target | str] = (),
 ) -> kernel.Device:
     """Bind an export to a block device; see `LinkSpec` for the arguments.
 
@@ -101,47 +64,74 @@ def attach(
         KernelError: the kernel refuses, or the device did not appear in time.
     """
     place = Target.parse(target) if isinstance(target, str) else target
+    further = tuple(Target.parse(path) if isinstance(path, str) else path for path in paths)
     spec = LinkSpec(
         place, device, name, connections, read_only, block_size, timeout, dead_timeout, road
     )
-    return attach_spec(replace(spec, wait=wait, tls=tls, tls_road=tls_road))
+    return attach_spec(replace(spec, wait=wait, tls=tls, tls_road=tls_road, paths=further))
 
 
 def attach_spec(spec: LinkSpec) -> kernel.Device:
     """Bind an export as `spec` says; see `attach`."""
     check(spec)
-    security = Security(spec.target, spec.tls, for_kernel=spec.tls_road != "relay")
-    if security.policy == "require":
-        # The same link, however TLS was asked for; and never the same as one without.
-        spec = replace(spec, target=replace(spec.target, tls=True))
-    elif security.policy == "off" and spec.tls_road != "auto":
-        raise ConfigError(
-            f"--tls-road {spec.tls_road}, and yet no TLS is asked for",
-            hint="say nbds:// or --tls require",
-        )
+    spec, securities = secure(spec)
     index = kernel.index_of(spec.device, must_exist=False) if spec.device else None
     with contextlib.ExitStack() as stack:
         if spec.name:
             # Two at once must not both find the name unused.
-            stack.enter_context(record.locked())
+            stack.enter_context(record.locked(spec.name))
             if existing := _same_link(spec, index):
+                record.unmark_detached(spec.name)
                 return existing
-        wires, export = _negotiate_all(spec, security, stack)
+        session = secrets.token_hex(16)
+        wires, routes, export = _negotiate_all(spec, securities, session, stack)
         _binding(spec, index, [wire.fileno() for wire in wires], export)  # before a relay starts
         name = spec.name or (f"nbd{index}" if index is not None else spec.target.address)
         channels = channel.prepare(wires, spec.tls_road, name, stack)
+        known = [
+            replace(each, route=str(r)) for each, r in zip(channels.known, routes, strict=True)
+        ]
         binding = _binding(spec, index, [sock.fileno() for sock in channels.sockets], export)
         device = kernel.attach(binding, road=spec.road, wait=spec.wait)
         try:
-            record.write(_record(spec, binding, device, channels))
+            record.write_session(device.index, session)
+            record.write(_record(spec, binding, device, export, known))
         except NBDError as error:
             # The device is there and works; only its name and its target will not be known.
             _warn(str(error))
+        if spec.name:
+            record.unmark_detached(spec.name)
     if tail := export.size % binding.block_size:
         _warn(
             f"{device.path}: the export's last {tail} bytes do not fill a block; they are cut off"
         )
     return device
+
+
+def secure(spec: LinkSpec) -> tuple[LinkSpec, dict[Target, Security]]:
+    """Find out what each route needs of TLS.
+
+    Returns:
+        The specification with `nbds` in the routes that need it: the same link, however TLS was
+        asked for, and never the same as one without. And the security of each of its routes.
+
+    Raises:
+        ConfigError: what is demanded contradicts itself.
+    """
+    found: dict[Target, Security] = {}
+    routes = []
+    for route in spec.routes:
+        security = Security(route, spec.tls, for_kernel=spec.tls_road != "relay")
+        if security.policy == "require":
+            route = replace(route, tls=True)
+        elif security.policy == "off" and spec.tls_road != "auto":
+            raise ConfigError(
+                f"--tls-road {spec.tls_road}, and yet no TLS is asked for",
+                hint="say nbds:// or --tls require",
+            )
+        routes.append(route)
+        found[route] = security
+    return replace(spec, target=routes[0], paths=tuple(routes[1:])), found
 
 
 def _warn(message: str) -> None:
@@ -151,12 +141,16 @@ def _warn(message: str) -> None:
 
 
 def _record(
-    spec: LinkSpec, binding: kernel.Binding, device: kernel.Device, channels: channel.Channels
-) -> record.Record:
+    spec: LinkSpec,
+    binding: kernel.Binding,
+    device: kernel.Device,
+    export: NegotiatedExport,
+    channels: list[Channel],
+) -> Record:
     # From what is known already: to ask the kernel again would cost more in imports than in
     # system calls.
     netlink = device.road == "netlink"
-    return record.Record(
+    return Record(
         index=device.index,
         name=spec.name,
         target=str(spec.target),
@@ -168,42 +162,13 @@ def _record(
         road=device.road,
         identifier=binding.identifier or "" if netlink else "",
         pid=device.pid,
-        channels=[asdict(known) for known in channels.known],
-        relay=channels.relay,
-        tls=_demands(spec),
+        channels=tuple(channels),
+        spec=describe(spec),
+        size=export.size,
+        flags=int(export.flags),
+        signature=export.testimony.signature,
+        fences=export.testimony.fences,
     )
-
-
-def _demands(spec: LinkSpec) -> dict[str, object]:
-    """Give what is demanded of TLS, as a record keeps it."""
-    return {**asdict(spec.tls), "road": spec.tls_road} if spec.target.tls else {}
-
-
-def check(spec: LinkSpec) -> None:
-    """Refuse numbers and names that no server and no kernel could make good.
-
-    Raises:
-        ConfigError: the message says which, and what is possible.
-    """
-    if spec.name is not None:
-        record.check_name(spec.name)
-    if not 1 <= spec.connections <= MAX_CONNECTIONS:
-        raise ConfigError(
-            f"{spec.connections} connections are not possible", hint=f"use 1 to {MAX_CONNECTIONS}"
-        )
-    size = spec.block_size
-    if size is not None and (not _SECTOR <= size <= mmap.PAGESIZE or size & (size - 1)):
-        raise ConfigError(
-            f"a block size of {size} bytes is not possible",
-            hint=f"the kernel takes a power of two from {_SECTOR} to {mmap.PAGESIZE}",
-        )
-    if not 1 <= spec.timeout <= _LONGEST:
-        # 0 would not mean "none": the kernel then falls back to 30 seconds.
-        raise ConfigError(f"a timeout of {spec.timeout} seconds is not possible (1 to {_LONGEST})")
-    if not 0 <= spec.dead_timeout <= _LONGEST:
-        raise ConfigError(
-            f"a dead timeout of {spec.dead_timeout} seconds is not possible (0 to {_LONGEST})"
-        )
 
 
 def _same_link(spec: LinkSpec, index: int | None) -> kernel.Device | None:
@@ -211,19 +176,24 @@ def _same_link(spec: LinkSpec, index: int | None) -> kernel.Device | None:
     for known, state in attached_records():
         if known.name != spec.name:
             continue
-        same = known.target == str(spec.target) and index in (None, known.index)
-        if same and spec.target.tls and known.tls != _demands(spec):
+        if index not in (None, known.index):
             raise DeviceBusyError(
-                f"the link {spec.name!r} is already {state.path}, with other options for TLS",
+                f"the link {spec.name!r} is already {state.path} ({known.target}, {state.state})",
                 hint=f"nbdlink detach {spec.name}, or choose another --name",
             )
-        if same and state.state is kernel.DeviceState.ATTACHED:
-            return kernel.Device(known.index, state.path, state.partitions, known.road)
-        what = f"is already {state.path} ({known.target}, {state.state})"
-        raise DeviceBusyError(
-            f"the link {spec.name!r} {what}",
-            hint=f"nbdlink detach {spec.name}, or choose another --name",
-        )
+        if changed := differences(known.spec, describe(spec)):
+            move = ", or nbdlink reconnect to move it" if "target" in changed else ""
+            raise DeviceBusyError(
+                f"the link {spec.name!r} is already {state.path} ({known.target}), with another "
+                f"{' and '.join(changed)}",
+                hint=f"nbdlink detach {spec.name} first, or choose another --name{move}",
+            )
+        if state.state is not kernel.DeviceState.ATTACHED:
+            from nbdlink.link.renew import renew
+
+            renew(known.index)
+            state = kernel.status(known.index)
+        return kernel.Device(known.index, state.path, state.partitions, known.road)
     return None
 
 
@@ -251,36 +221,60 @@ def attached_records() -> list[tuple[record.Record, kernel.DeviceStatus]]:
 
 
 def _negotiate_all(
-    spec: LinkSpec, security: Security, stack: contextlib.ExitStack
-) -> tuple[list[Wire], NegotiatedExport]:
-    """Negotiate every connection; the server must say the same on each."""
+    spec: LinkSpec,
+    securities: dict[Target, Security],
+    session: str,
+    stack: contextlib.ExitStack,
+) -> tuple[list[Wire], list[Target], NegotiatedExport]:
+    """Negotiate every connection; the server must say the same on each.
+
+    With several routes the connections are spread over them. A route that leads nowhere now is
+    left out as long as there is another.
+    """
     wires: list[Wire] = []
+    taken: list[Target] = []
     first: NegotiatedExport | None = None
-    for number in range(spec.connections):
-        wire, export = negotiate(spec.target, timeout=spec.negotiation_timeout, security=security)
+    open_routes = list(spec.routes)
+    while len(wires) < spec.connections:
+        number = len(wires)
+        route = open_routes[number % len(open_routes)]
+        try:
+            wire, export = negotiate(
+                route,
+                timeout=spec.negotiation_timeout,
+                security=securities[route],
+                claim=Claim(session, number, 0),
+            )
+        except NBDError as error:
+            if len(open_routes) == 1:
+                raise
+            _warn(str(error))
+            open_routes.remove(route)
+            continue
         stack.callback(wire.close)
         wires.append(wire)
+        taken.append(route)
         if first is None:
             first = export
             if spec.connections > 1 and not export.flags & TransmissionFlag.CAN_MULTI_CONN:
                 raise ConfigError(
-                    f"{spec.target.address}: the export {spec.target.export!r} does not promise "
+                    f"{route.address}: the export {route.export!r} does not promise "
                     "that several connections see the same data",
                     hint="use one connection (-C 1)",
                 )
         elif (export.size, export.flags) != (first.size, first.flags):
             raise RemoteProtocolError(
-                f"{spec.target.address}: connection {number + 1} was told {export.size} bytes and "
+                f"{route.address}: connection {number + 1} was told {export.size} bytes and "
                 f"flags {int(export.flags):#x}, the first {first.size} and {int(first.flags):#x}"
             )
     assert first is not None
-    return wires, first
+    return wires, taken, first
 
 
 def _binding(
     spec: LinkSpec, index: int | None, descriptors: list[int], export: NegotiatedExport
 ) -> kernel.Binding:
-    minimum = max(_SECTOR, export.minimum_block)
+    minimum = max(SECTOR, export.minimum_block)
     block_size = minimum if spec.block_size is None else spec.block_size
     if minimum > mmap.PAGESIZE:
         raise ConfigError(
@@ -306,12 +300,12 @@ def _binding(
         block_size=block_size,
         timeout=spec.timeout,
         dead_timeout=spec.dead_timeout,
-        identifier=_identifier(spec),
+        identifier=identifier_of(spec),
         index=index,
     )
 
 
-def _identifier(spec: LinkSpec) -> str:
+def identifier_of(spec: LinkSpec) -> str:
     """Give what the kernel shall show as the device's backend.
 
     The kernel prints it into one page without looking at its length (`backend_show` in
@@ -338,7 +332,16 @@ def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:
         KernelError: nothing is attached there, or the kernel refuses.
     """
     index = find(device)
-    kernel.detach(index, force=force, wait=wait)
+    known = record.read(index)
+    name = known.name if known else None
+    if name:
+        record.mark_detached(name)  # first, or a supervisor brings it back meanwhile
+    try:
+        kernel.detach(index, force=force, wait=wait)
+    except DeviceInUseError:
+        if name and not force:
+            record.unmark_detached(name)
+        raise
     record.remove(index)
     return f"/dev/nbd{index}"
 

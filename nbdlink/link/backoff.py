@@ -1,5 +1,8 @@
 """When to try again: at once, then soon, then ever more slowly, and never all at the same time.
 
+Most servers that go away are restarted, and back within seconds. So for some seconds the pauses
+stay short: a device that waits for its server loses no more than one of them.
+
 Pure: the clock and the dice are passed in, so that a test can tell the future.
 """
 
@@ -12,7 +15,9 @@ from typing import Final
 FIRST: Final = 0.05
 """Seconds before the second attempt; the first one is made at once."""
 FACTOR: Final = 2.0
-LONGEST: Final = 30.0
+QUICK: Final = 100
+"""Attempts with the shortest pause, before they get longer: five seconds' worth."""
+LONGEST: Final = 5.0
 """Seconds between two attempts, at most: a server that is back is not kept waiting for longer."""
 JITTER: Final = 0.25
 """Share of a pause by which it may be shorter or longer, so that a hundred clients of a server
@@ -34,6 +39,7 @@ class Backoff:
         *,
         first: float = FIRST,
         factor: float = FACTOR,
+        quick: int = QUICK,
         longest: float = LONGEST,
         jitter: float = JITTER,
         calm: float = CALM,
@@ -44,6 +50,7 @@ class Backoff:
         Args:
             first: seconds of the first pause.
             factor: by how much each pause is longer than the one before.
+            quick: attempts before they get longer.
             longest: seconds of a pause, at most, before jitter.
             jitter: share by which a pause is shorter or longer, below 1.
             calm: seconds that a success must last to count.
@@ -52,6 +59,7 @@ class Backoff:
         self.attempts = 0
         self._first = first
         self._factor = factor
+        self._quick = quick
         self._longest = longest
         self._jitter = jitter
         self._calm = calm
@@ -87,5 +95,6 @@ class Backoff:
         if not attempts:
             return 0.0
         # The exponent is bounded: after a weekend of attempts there is no float for the power.
-        pause = min(self._longest, self._first * self._factor ** min(attempts - 1, 60))
+        longer = min(max(0, attempts - 1 - self._quick), 60)
+        pause = min(self._longest, self._first * self._factor**longer)
         return pause * (1 + self._jitter * (2 * self._dice() - 1))

@@ -9,34 +9,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from nbdlink.errors import TLSError
+from nbdlink.kernel.sockets import inode
+from nbdlink.link.record import Channel, TLSRoad
 from nbdlink.transport.stream import Wire
 
 if TYPE_CHECKING:
     from nbdlink.transport.tls import TLSStream
-
-TLSRoad = Literal["auto", "kernel", "relay"]
-TLS_ROADS: Final = ("auto", "kernel", "relay")
-
-
-@dataclass(frozen=True, slots=True)
-class Channel:
-    """What is known of a connection that the kernel has.
-
-    Attributes:
-        tls: "none", "kernel" or "relay".
-        version: "TLSv1.3" or "TLSv1.2", or None without TLS.
-        cipher: the suite, or None.
-        reason: why it is not the kernel that does TLS, or None.
-    """
-
-    tls: str
-    version: str | None = None
-    cipher: str | None = None
-    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +27,11 @@ class Channels:
 
     Attributes:
         sockets: what to give to the kernel.
-        known: what is known of each.
-        relay: number of the process that relays some of them, or None.
+        known: what is known of each, but for its route and generation.
     """
 
     sockets: tuple[socket.socket, ...]
     known: tuple[Channel, ...]
-    relay: int | None = None
 
 
 def prepare(wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack) -> Channels:
@@ -93,12 +73,15 @@ def prepare(wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack) -
         known.append(
             Channel("relay" if why else "kernel", wire.session.version, wire.session.cipher, why)
         )
-    relay = None
     if relayed:
         from nbdlink.transport.relay import start
 
         relay, ends = start(relayed, name)
         for end in ends:
             stack.enter_context(end)
-            sockets[sockets.index(None)] = end
-    return Channels(tuple(s for s in sockets if s is not None), tuple(known), relay)
+            number = sockets.index(None)
+            sockets[number] = end
+            known[number] = replace(known[number], relay=relay)
+    ready = tuple(sock for sock in sockets if sock is not None)
+    told = (replace(each, inode=inode(sock)) for each, sock in zip(known, ready, strict=True))
+    return Channels(ready, tuple(told))

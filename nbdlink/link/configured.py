@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from nbdlink.client.security import Security, TLSOptions
 from nbdlink.errors import ConfigError
-from nbdlink.link.attach import LinkSpec
 from nbdlink.link.record import check_name
 from nbdlink.link.settings import SETTINGS, Place, Value, Values, at
+from nbdlink.link.spec import LinkSpec
 from nbdlink.transport.tlsfiles import CredentialFiles, printable
 from nbdlink.uri import Target
 
@@ -24,19 +24,22 @@ _KEYS_OF_X509: Final = (
 )
 
 
+DEAD_TIMEOUT: Final = 300
+"""Seconds for which I/O waits if nothing else is said. A link in a file is one that a supervisor
+looks after, so its server may take the time of a reboot."""
+
+
 @dataclass(frozen=True, slots=True)
 class ConfiguredLink:
     """A link as a file describes it.
 
     Attributes:
         spec: what to attach; its name is the link's.
-        paths: further routes to the same export.
         source: `file:line`, for messages.
         notes: what was said in the file and has no effect here, in sentences for the log.
     """
 
     spec: LinkSpec
-    paths: tuple[Target, ...]
     source: str
     notes: tuple[str, ...] = ()
 
@@ -90,8 +93,9 @@ def configure(
                 hint='say nbds:// or tls = "require"',
             )
         del fields["link"]["tls_road"]
-    spec = LinkSpec(target=target, name=name, tls=options, **fields["link"])
-    return ConfiguredLink(spec, paths, source, notes)
+    fields["link"].setdefault("dead_timeout", DEAD_TIMEOUT)
+    spec = LinkSpec(target=target, paths=paths, name=name, tls=options, **fields["link"])
+    return ConfiguredLink(spec, source, notes)
 
 
 def _inherited(defaults: Values, said: Values) -> dict[str, Value]:

@@ -3,21 +3,59 @@
 One JSON file a device in /run/nbdlink, written whole or not at all. A record is believed only
 while the kernel shows the same backend identifier (or, for a device of the ioctl road, the
 same holder) for the device; one that is left over from an earlier use is nobody's.
+
+Beside it, readable by root only, the number by which the server knows the device's channels
+(`nbdlink.protocol.claim`). And for each link that was detached on purpose a mark, so that no
+supervisor brings it back.
+
+Whoever changes a device's connections holds its lock meanwhile (`held`), so that two never renew
+the same one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
-from nbdlink.errors import ConfigError, NBDError
+from nbdlink.errors import ConfigError, DeviceBusyError, NBDError
 
 DIRECTORY = Path(os.environ.get("NBDLINK_RUNTIME_DIRECTORY", "/run/nbdlink"))
+
+TLSRoad = Literal["auto", "kernel", "relay"]
+TLS_ROADS: Final = ("auto", "kernel", "relay")
+
+_POLL_SECONDS: Final = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What is known of a connection that the kernel has.
+
+    Attributes:
+        tls: "none", "kernel" or "relay".
+        version: "TLSv1.3" or "TLSv1.2", or None without TLS.
+        cipher: the suite, or None.
+        reason: why it is not the kernel that does TLS, or None.
+        route: the URI that it was made to, or None if that is not known.
+        inode: by which the kernel's socket is known (`nbdlink.kernel.sockets`), or None.
+        generation: how many connections there were before it in its place.
+        relay: number of the process that does TLS for it, or None.
+    """
+
+    tls: str = "none"
+    version: str | None = None
+    cipher: str | None = None
+    reason: str | None = None
+    route: str | None = None
+    inode: int | None = None
+    generation: int = 0
+    relay: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +75,12 @@ class Record:
         identifier: the backend identifier that the kernel shows; empty on the ioctl road.
         pid: the process that the kernel shows for the device.
         attached_at: seconds since the epoch.
-        channels: what is known of each connection (`Channel`), as far as it was recorded.
-        tls: what was demanded of TLS (`TLSOptions` and the road), or empty if it is not known.
-        relay: number of the process that does TLS for some of them, or None.
+        channels: what is known of each connection, in the order in which the kernel got them.
+        spec: what was asked for (`nbdlink.link.spec.describe`), or empty if that is not known.
+        size: the export's size in bytes, or None if that is not known.
+        flags: its transmission flags.
+        signature: what the server told to tell exports apart, or None.
+        fences: whether the server lets nothing of a channel's predecessor live.
     """
 
     index: int
@@ -54,9 +95,17 @@ class Record:
     identifier: str
     pid: int | None
     attached_at: float = field(default_factory=time.time)
-    channels: list[dict[str, str | None]] = field(default_factory=list)
-    relay: int | None = None
-    tls: dict[str, Any] = field(default_factory=dict)
+    channels: tuple[Channel, ...] = ()
+    spec: dict[str, Any] = field(default_factory=dict, hash=False)
+    size: int | None = None
+    flags: int = 0
+    signature: str | None = None
+    fences: bool = False
+
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return f"{self.name} (/dev/nbd{self.index})" if self.name else f"/dev/nbd{self.index}"
 
     def describes(self, backend: str | None, pid: int | None) -> bool:
         """Tell whether the device is still the one that was recorded."""
@@ -73,47 +122,123 @@ def write(record: Record) -> None:
     """
     import json
 
-    path = _path(record.index)
+    _write(_path(record.index), json.dumps(asdict(record), indent=1) + "\n", 0o644)
+
+
+def write_session(index: int, session: str) -> None:
+    """Keep the secret by which the server knows a device's channels.
+
+    Raises:
+        NBDError: the directory cannot be written.
+    """
+    _write(_path(index).with_suffix(".session"), session, 0o600)
+
+
+def read_session(index: int) -> str | None:
+    """Give the secret by which the server knows a device's channels; None if there is none."""
     try:
-        DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(record), indent=1) + "\n")
+        return _path(index).with_suffix(".session").read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}")
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=mode)
+        temporary.chmod(mode)  # whatever the umask
+        temporary.write_text(text)
         temporary.rename(path)
     except OSError as error:
         raise NBDError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """Keep other processes from attaching links by name meanwhile.
+def locked(name: str, *, wait: bool = True) -> Iterator[None]:
+    """Keep other processes and threads from attaching a link of this name meanwhile.
+
+    Args:
+        name: the link's.
+        wait: for somebody who is at it.
 
     Raises:
+        DeviceBusyError: somebody is, and it is not to be waited for.
         NBDError: the directory cannot be written, so names cannot be kept.
     """
     import fcntl
 
+    with _lock_file(f"name-{name}.lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise DeviceBusyError(f"the link {name!r} is being attached") from None
+        yield
+
+
+@contextlib.contextmanager
+def held(index: int, wait: float = 0.0) -> Iterator[None]:
+    """Keep other processes and threads from changing a device's connections meanwhile.
+
+    Args:
+        index: N of /dev/nbdN.
+        wait: seconds to wait for somebody who is at it.
+
+    Raises:
+        DeviceBusyError: somebody still is.
+        NBDError: the directory cannot be written.
+    """
+    import fcntl
+
+    deadline = time.monotonic() + wait
+    with _lock_file(f"nbd{index}.lock") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise DeviceBusyError(
+                        f"/dev/nbd{index}: another process is renewing its connections",
+                        hint="try again in a moment",
+                    ) from None
+                time.sleep(_POLL_SECONDS)  # a lock that is waited for knows no deadline
+            else:
+                break
+        yield
+
+
+def _lock_file(name: str) -> Any:
     try:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lock = (DIRECTORY / "lock").open("w")
+        return (DIRECTORY / name).open("w")
     except OSError as error:
         raise NBDError(
             f"{DIRECTORY} cannot be written, and names are kept there: {error.strerror}",
             hint="run it as root, or attach without --name",
         ) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def read(index: int) -> Record | None:
-    """Give what was recorded of a device, or None if nothing (readable) was."""
+    """Give what was recorded of a device, or None if nothing (readable) was.
+
+    What a later version has recorded besides is left out.
+    """
     import json
 
     try:
         data: dict[str, Any] = json.loads(_path(index).read_text())
-        return Record(**data)
-    except (OSError, ValueError, TypeError):
+        known = _known(Record, data)
+        known["channels"] = tuple(
+            Channel(**_known(Channel, each)) for each in data.get("channels", ())
+        )
+        return Record(**known)
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def _known(kind: type[Any], data: dict[str, Any]) -> dict[str, Any]:
+    return {each.name: data[each.name] for each in fields(kind) if each.name in data}
 
 
 def read_all() -> list[Record]:
@@ -125,8 +250,30 @@ def read_all() -> list[Record]:
 
 def remove(index: int) -> None:
     """Forget a device."""
+    for path in (_path(index), _path(index).with_suffix(".session")):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def mark_detached(name: str) -> None:
+    """Note that a link was detached on purpose, so that no supervisor brings it back."""
+    with contextlib.suppress(NBDError):  # then there is no supervisor of this machine either
+        _write(_mark(name), "", 0o644)
+
+
+def unmark_detached(name: str) -> None:
+    """Forget that a link was detached on purpose."""
     with contextlib.suppress(OSError):
-        _path(index).unlink()
+        _mark(name).unlink()
+
+
+def is_detached(name: str) -> bool:
+    """Tell whether a link was detached on purpose."""
+    return _mark(name).exists()
+
+
+def _mark(name: str) -> Path:
+    return DIRECTORY / "detached" / name
 
 
 def check_name(name: str) -> str:
@@ -139,6 +286,8 @@ def check_name(name: str) -> str:
         raise ConfigError(
             f"{name!r} cannot name a link", hint="use up to 64 letters, digits, and - _ . : @"
         )
+    if name in (".", ".."):
+        raise ConfigError(f"{name!r} cannot name a link", hint="it would be a folder")
     if name.startswith("nbd") and name[3:].isdigit():
         raise ConfigError(f"{name!r} is the name of a device", hint="choose another name")
     return name

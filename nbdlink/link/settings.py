@@ -15,8 +15,8 @@ from typing import Any, Final, Literal
 
 from nbdlink import kernel
 from nbdlink.errors import ConfigError, KernelError
-from nbdlink.link.attach import LinkSpec, check
-from nbdlink.link.channel import TLS_ROADS
+from nbdlink.link.record import TLS_ROADS
+from nbdlink.link.spec import LinkSpec, check
 from nbdlink.sizes import parse_size
 from nbdlink.transport.tlsfiles import POLICIES, printable
 from nbdlink.uri import Target

@@ -17,12 +17,17 @@ def test_the_first_failure_is_answered_at_once():
 
 
 def test_each_pause_is_longer_than_the_one_before():
-    backoff = Backoff(first=1, factor=2, longest=100, jitter=0)
+    backoff = Backoff(first=1, factor=2, quick=0, longest=100, jitter=0)
     assert pauses(backoff, 5) == [0, 1, 2, 4, 8]
 
 
+def test_the_first_pauses_stay_short():
+    backoff = Backoff(first=1, factor=2, quick=3, longest=100, jitter=0)
+    assert pauses(backoff, 7) == [0, 1, 1, 1, 1, 2, 4]
+
+
 def test_no_pause_is_longer_than_the_longest():
-    backoff = Backoff(first=1, factor=2, longest=10, jitter=0)
+    backoff = Backoff(first=1, factor=2, quick=0, longest=10, jitter=0)
     assert pauses(backoff, 2000)[-1] == 10
 
 
@@ -34,14 +39,14 @@ def test_a_success_that_lasts_begins_anew():
 
 
 def test_a_success_that_does_not_last_changes_nothing():
-    backoff = Backoff(first=1, factor=2, longest=100, jitter=0, calm=10)
+    backoff = Backoff(first=1, factor=2, quick=0, longest=100, jitter=0, calm=10)
     pauses(backoff, 3)
     backoff.succeeded(200.0)
     assert backoff.failed(209.0) == 209.0 + 4
 
 
 def test_a_short_success_is_forgotten_with_its_failure():
-    backoff = Backoff(first=1, factor=2, longest=100, jitter=0, calm=10)
+    backoff = Backoff(first=1, factor=2, quick=0, longest=100, jitter=0, calm=10)
     backoff.failed(0.0)
     backoff.succeeded(0.0)
     backoff.failed(1.0)

@@ -82,9 +82,13 @@ device = "/dev/nbd0"
 connections = 4
 """)["data"]
     assert found.spec == LinkSpec(
-        Target.parse("nbds://store1/data"), "/dev/nbd0", "data", connections=4
+        Target.parse("nbds://store1/data"),
+        "/dev/nbd0",
+        "data",
+        connections=4,
+        dead_timeout=300,
+        paths=(Target.parse("nbds://store2/data"),),
     )
-    assert found.paths == (Target.parse("nbds://store2/data"),)
     assert found.source == f"{files.main}:1"
     assert found.notes == ()
 
@@ -276,7 +280,7 @@ def test_credentials_displace_defaults_of_the_other_kind(files, default, own, gi
 
 def test_the_export_can_be_a_key_of_its_own(files):
     found = link('paths = ["b"]\nexport = "x y"', files, '[link.data]\ntarget = "a"\n')
-    assert [each.export for each in (found.spec.target, *found.paths)] == ["x y", "x y"]
+    assert [each.export for each in (found.spec.target, *found.spec.paths)] == ["x y", "x y"]
 
 
 def test_a_target_with_an_export_overrides_a_default(files):
@@ -626,12 +630,10 @@ nbd0 nbdserver.example.com swapexport swap,persist
 nbd1 nbdserver.example.com data
 """)
     swap, data = links["nbdtab-nbd0"], links["nbdtab-nbd1"]
-    assert swap.spec == LinkSpec(
-        Target("nbdserver.example.com", export="swapexport"), "/dev/nbd0", "nbdtab-nbd0"
-    )
-    assert data.spec == LinkSpec(
-        Target("nbdserver.example.com", export="data"), "/dev/nbd1", "nbdtab-nbd1"
-    )
+    target = Target("nbdserver.example.com", export="swapexport")
+    assert swap.spec == LinkSpec(target, "/dev/nbd0", "nbdtab-nbd0", dead_timeout=300)
+    target = Target("nbdserver.example.com", export="data")
+    assert data.spec == LinkSpec(target, "/dev/nbd1", "nbdtab-nbd1", dead_timeout=300)
     assert [note.split(":")[2] for note in swap.notes] == [
         " persist has no effect",
         " swap has no effect",

@@ -1,0 +1,438 @@
+"""Renewing a device's connections while it is in use.
+
+The kernel keeps a device whose connections are dead, and its requests, for the dead timeout. A
+renewal gives it new connections in place of the dead ones (RECONFIGURE): they must lead to the
+same export, or one disk would turn into another under a file system. So what the server says is
+compared with what was recorded when the device was attached.
+
+Which connections are dead is known from their sockets (`nbdlink.kernel.sockets`). The kernel
+fills its first dead slot, whichever that was, so a channel's number is ours: its place in the
+record. RECONFIGURE reports success even if nothing was dead, and drops the socket then; so
+success is that the new socket is still there once our own descriptor of it is closed.
+
+A channel that is alive is moved in three steps: the new connection is negotiated; the old one is
+ended, when nothing can fail any more but the kernel; the new one takes its place. Requests on
+their way on the old one are sent again by the kernel once their timeout has passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+from nbdlink import kernel
+from nbdlink.client.export import NegotiatedExport
+from nbdlink.client.negotiate import negotiate
+from nbdlink.client.security import Security
+from nbdlink.errors import ConfigError, ForeignExportError, KernelError, NBDError
+from nbdlink.kernel import sockets, sysfs
+from nbdlink.link import channel, record
+from nbdlink.link.attach import secure
+from nbdlink.link.record import Channel, Record
+from nbdlink.link.spec import LinkSpec, restore
+from nbdlink.protocol.claim import Claim
+from nbdlink.protocol.constants import TransmissionFlag
+from nbdlink.transport.stream import Wire
+from nbdlink.uri import Target
+
+_GRACE: Final = 30
+"""Seconds for which I/O waits while the only connection of a device is moved, at least."""
+_ENDING: Final = 2.0
+"""Seconds that the kernel may take to notice that a connection was ended."""
+_POLL_SECONDS: Final = 0.001
+
+_NEEDED: Final = (
+    TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.CAN_MULTI_CONN
+)
+"""What the kernel was told of a server, and goes on believing of its successor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Which of a device's channels are connected.
+
+    Attributes:
+        live: numbers of channels.
+        dead: numbers of channels.
+    """
+
+    live: tuple[int, ...]
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    """What a renewal came to.
+
+    Attributes:
+        renewed: the numbers of the channels that have a new connection.
+        health: the device's channels afterwards.
+        grown_to: the export's size in bytes, if it is larger now and yet the same export. The
+            device has it, unless some channels are dead.
+        strayed: numbers of the channels that do not take the route that is theirs.
+        failures: routes that led nowhere, and why.
+    """
+
+    renewed: tuple[int, ...] = ()
+    health: Health = Health((), ())
+    grown_to: int | None = None
+    strayed: tuple[int, ...] = ()
+    failures: tuple[tuple[Target, NBDError], ...] = ()
+
+
+def health(known: Record) -> Health:
+    """Tell which of a device's channels are connected.
+
+    Of channels whose socket is not known (the record was lost), only the number of the dead is:
+    then the first ones are said to be.
+    """
+    alive = sockets.connected([each.inode for each in known.channels if each.inode])
+    numbers = range(len(known.channels))
+    if alive is None:
+        unknown = list(numbers)
+        live = []
+    else:
+        unknown = [n for n in numbers if known.channels[n].inode is None]
+        live = [n for n in numbers if known.channels[n].inode in alive]
+    if unknown:
+        total = sysfs.settled_links({known.index}).get(known.index)
+        missing = 0 if total is None else max(0, len(live) + len(unknown) - total)
+        live = sorted(live + unknown[min(missing, len(unknown)) :])
+    return Health(tuple(live), tuple(n for n in numbers if n not in live))
+
+
+def renew(
+    index: int,
+    *,
+    also: Collection[int] = (),
+    everything: bool = False,
+    target: Target | None = None,
+    notice: int | None = None,
+    timeout: float | None = None,
+    wait: float = 5.0,
+) -> Renewal:
+    """Give a device new connections in place of those that are dead.
+
+    Args:
+        index: N of `/dev/nbdN`.
+        also: numbers of channels to renew though they are alive.
+        everything: renew all channels.
+        target: where the device's channels shall lead from now on; None for where they did.
+        notice: UDP port on which this process hears that a server is back, to be told to it.
+        timeout: seconds for connecting and negotiating, if less than what was asked for.
+        wait: seconds to wait for another process that is renewing the same device.
+
+    Raises:
+        ForeignExportError: what is offered there is not the same export.
+        TransportError, RemoteProtocolError, OptionError, TLSError, ConfigError: no route leads
+            to the export; the reason is the target's.
+        KernelError: the device is not attached over netlink, or the kernel refuses.
+    """
+    with record.held(index, wait):
+        known = known_of(index)
+        attempt = _Attempt(known, target, notice, timeout)
+        state = health(known)
+        chosen = sorted({*state.dead, *also, *(state.live if everything else ())})
+        return attempt.run(chosen, state)
+
+
+@dataclass
+class _Attempt:
+    """One renewal."""
+
+    known: Record
+    target: Target | None
+    notice: int | None
+    timeout: float | None
+    spec: LinkSpec = field(init=False)
+    securities: dict[Target, Security] = field(init=False)
+    session: str = field(init=False)
+    failures: dict[Target, NBDError] = field(default_factory=dict)
+    grown_to: int | None = None
+
+    def __post_init__(self) -> None:
+        known = self.known
+        spec = restore(known.spec, known.name, f"/dev/nbd{known.index}")
+        if self.target is not None:
+            others = tuple(path for path in spec.paths if path != self.target)
+            spec = replace(spec, target=self.target, paths=others)
+        self.spec, self.securities = secure(spec)
+        session = record.read_session(known.index)
+        if session is None:
+            session = secrets.token_hex(16)
+            record.write_session(known.index, session)
+        self.session = session
+        if self.timeout is not None:
+            patience = min(self.timeout, spec.negotiation_timeout)
+            self.spec = replace(self.spec, negotiation_timeout=patience)
+
+    def run(self, chosen: Sequence[int], state: Health) -> Renewal:
+        """Renew the chosen channels, the dead ones first and together."""
+        dead = [number for number in chosen if number in state.dead]
+        live = [number for number in chosen if number in state.live]
+        renewed: list[int] = []
+        failure: NBDError | None = None
+        if dead:
+            try:
+                renewed += self._replace(dead)
+            except NBDError as error:
+                if not live:
+                    raise
+                failure = error
+        for group in self._groups(live):
+            renewed += self._replace(group)
+        if failure is not None:
+            raise failure
+        if self.target is not None and renewed:
+            self._note_target()
+        after = health(self.known)
+        if self.grown_to is not None and not after.dead:
+            kernel.resize(self.known.index, self.grown_to)
+            self.known = replace(self.known, size=self.grown_to)
+            record.write(self.known)
+        strayed = tuple(
+            number
+            for number, each in enumerate(self.known.channels)
+            if each.route != str(self._route(number))
+        )
+        return Renewal(
+            tuple(sorted(renewed)), after, self.grown_to, strayed, tuple(self.failures.items())
+        )
+
+    def _groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Give channels one by one, but those together that one relay serves: it ends for all."""
+        left = list(numbers)
+        while left:
+            relay = self.known.channels[left[0]].relay
+            group = [n for n in left if n == left[0] or (relay and self._relay(n) == relay)]
+            left = [n for n in left if n not in group]
+            yield group
+
+    def _relay(self, number: int) -> int | None:
+        return self.known.channels[number].relay
+
+    def _replace(self, numbers: Sequence[int]) -> list[int]:
+        """Give channels new connections; give the numbers of those for which it was possible."""
+        with contextlib.ExitStack() as stack:
+            old = [self.known.channels[number] for number in numbers]
+            alive = bool(_living(old))
+            if alive:
+                # From the first word on: a server that fences ends the old one by itself.
+                stack.enter_context(self._patience())
+            self._count(numbers)
+            wires: list[Wire] = []
+            taken: list[Target] = []
+            for number in numbers:
+                wire, route = self._connect(number, elsewhere=not alive)
+                stack.callback(wire.close)
+                wires.append(wire)
+                taken.append(route)
+            name = self.known.name or f"nbd{self.known.index}"
+            ready = channel.prepare(wires, self.spec.tls_road, name, stack)
+            _end(self.known, old)
+            kernel.reconfigure(self.known.index, [sock.fileno() for sock in ready.sockets])
+        new = [
+            replace(each, route=str(route), generation=self.known.channels[number].generation)
+            for each, route, number in zip(ready.known, taken, numbers, strict=True)
+        ]
+        there = sockets.connected([each.inode for each in new if each.inode])
+        kept = {
+            number: each
+            for number, each in zip(numbers, new, strict=True)
+            if there is None or each.inode in there
+        }
+        self._note(kept)
+        return list(kept)
+
+    def _count(self, numbers: Sequence[int]) -> None:
+        """Take new generations; kept before they are used, so that none is used twice."""
+        raised = {
+            number: replace(
+                self.known.channels[number], generation=self.known.channels[number].generation + 1
+            )
+            for number in numbers
+        }
+        self._note(raised)
+
+    def _note(self, changed: dict[int, Channel]) -> None:
+        channels = [changed.get(n, each) for n, each in enumerate(self.known.channels)]
+        self.known = replace(self.known, channels=tuple(channels))
+        record.write(self.known)
+
+    def _note_target(self) -> None:
+        described = {
+            **self.known.spec,
+            "target": str(self.spec.target),
+            "paths": [str(path) for path in self.spec.paths],
+        }
+        self.known = replace(self.known, target=str(self.spec.target), spec=described)
+        record.write(self.known)
+
+    def _route(self, number: int) -> Target:
+        """Give the route that is a channel's own."""
+        if self.target is not None:
+            return self.spec.target
+        routes = self.spec.routes
+        return routes[number % len(routes)]
+
+    def _connect(self, number: int, elsewhere: bool) -> tuple[Wire, Target]:
+        """Connect a channel by its own route, or else by another one that is open."""
+        own = self._route(number)
+        others = [route for route in self.spec.routes if route != own]
+        first: NBDError | None = None
+        for route in (own, *(others if elsewhere and self.target is None else ())):
+            if route in self.failures:
+                first = first or self.failures[route]
+                continue
+            try:
+                return self._negotiate(number, route), route
+            except ConfigError:
+                raise
+            except NBDError as error:
+                self.failures[route] = error
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _negotiate(self, number: int, route: Target) -> Wire:
+        claim = Claim(
+            self.session, number, self.known.channels[number].generation, notice=self.notice
+        )
+        wire, export = negotiate(
+            route,
+            timeout=self.spec.negotiation_timeout,
+            security=self.securities[route],
+            claim=claim,
+            claim_needed=self.known.fences,
+        )
+        try:
+            self._verify(route, export)
+        except BaseException:
+            wire.close()
+            raise
+        return wire
+
+    def _verify(self, route: Target, export: NegotiatedExport) -> None:
+        """Refuse an export that is not the one that the device was attached to.
+
+        Raises:
+            ForeignExportError: the message says in what they differ.
+        """
+        known = self.known
+        same = known.name or f"/dev/nbd{known.index}"
+        where = f"{route.address}: the export {route.export!r} is not the one that {same} has"
+        expected, told = known.signature, export.testimony.signature
+        proved = False
+        if expected is not None and told is not None:
+            comparable = not (expected.startswith("auto:") or told.startswith("auto:")) or (
+                known.target == str(route)
+            )
+            if comparable and expected != told:
+                raise ForeignExportError(
+                    f"{where}: its signature is {told!r}, not {expected!r}",
+                    hint=f"if it is meant: nbdlink detach {same}, and attach it again",
+                )
+            proved = comparable
+        if known.size is not None and export.size != known.size:
+            if not proved or export.size < known.size:
+                raise ForeignExportError(
+                    f"{where}: it has {export.size} bytes, not {known.size}",
+                    hint=f"if it is the same and has grown: nbdlink resize {same}",
+                )
+            self.grown_to = export.size
+        if export.read_only and not known.read_only:
+            raise ForeignExportError(f"{where}: it is read-only")
+        missing = TransmissionFlag(known.flags) & _NEEDED & ~export.flags
+        if missing:
+            words = ", ".join(str(flag.name) for flag in TransmissionFlag if flag & missing)
+            raise ForeignExportError(f"{where}: it lacks {words}")
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Have I/O wait rather than fail while no connection is left."""
+        if self.known.dead_timeout >= _GRACE:
+            yield
+            return
+        kernel.reconfigure(self.known.index, dead_timeout=_GRACE)
+        try:
+            yield
+        finally:
+            kernel.reconfigure(self.known.index, dead_timeout=self.known.dead_timeout)
+
+
+def _living(channels: Sequence[Channel]) -> list[Channel]:
+    alive = sockets.connected([each.inode for each in channels if each.inode])
+    return [each for each in channels if alive is None or each.inode in alive]
+
+
+def _end(known: Record, channels: Sequence[Channel]) -> None:
+    """End what is alive of these connections, and wait until the driver has given them up."""
+    doomed = _living(channels)
+    for each in doomed:
+        if each.relay is not None and _is_relay(each.relay):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each.relay, signal.SIGTERM)
+        elif each.inode is None or (not sockets.destroy(each.inode) and _living([each])):
+            raise KernelError(
+                f"{known.title}: a connection over a Unix socket that is alive cannot be ended "
+                "from outside",
+                hint="restart its server, or detach the device and attach it again",
+            )
+    if doomed:
+        _await_end(known, [each.inode for each in doomed if each.inode])
+
+
+def _is_relay(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "nbdlink-relay"
+    return False
+
+
+def _await_end(known: Record, inodes: Collection[int]) -> None:
+    """Wait until the driver has given connections up; it tells by shutting the sockets down."""
+    deadline = time.monotonic() + _ENDING
+    while sockets.connected(inodes):
+        if time.monotonic() >= deadline:
+            raise KernelError(f"{known.title}: the kernel does not give up a connection that ended")
+        time.sleep(_POLL_SECONDS)
+    # The socket is told before the driver's receiver, which is woken by that.
+    while (links := sysfs.live_links()) and time.monotonic() < deadline:
+        still = sockets.connected([each.inode for each in known.channels if each.inode])
+        if still is None or links.get(known.index, 0) <= len(still):
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def known_of(index: int) -> Record:
+    """Give the record of a device whose connections can be renewed.
+
+    Raises:
+        KernelError: there is none, or they cannot be.
+    """
+    state = kernel.status(index)
+    known = record.read(index)
+    path = f"/dev/nbd{index}"
+    if state.state is kernel.DeviceState.FREE:
+        raise KernelError(f"{path} is not attached", hint="`nbdlink list` shows what is attached")
+    if known is None or not known.describes(state.backend, state.pid) or not known.spec:
+        raise KernelError(
+            f"{path}: it is not known what it is attached to",
+            hint=f"nbdlink detach {path}, and attach it again",
+        )
+    if known.road != "netlink":
+        raise KernelError(
+            f"{path} was attached by ioctls: its connections cannot be renewed",
+            hint=f"nbdlink detach {path}, and attach it again",
+        )
+    return known
