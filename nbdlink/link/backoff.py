@@ -22,7 +22,7 @@ LONGEST: Final = 5.0
 JITTER: Final = 0.25
 """Share of a pause by which it may be shorter or longer, so that a hundred clients of a server
 that is back do not come all at once, again and again."""
-CALM: Final = 10.0
+CALM: Final = 1.0
 """Seconds that a connection must last before the next failure counts as the first one again. A
 server that takes connections and drops them is not to be asked twenty times a second."""
 

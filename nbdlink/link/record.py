@@ -108,7 +108,12 @@ class Record:
         return f"{self.name} (/dev/nbd{self.index})" if self.name else f"/dev/nbd{self.index}"
 
     def describes(self, backend: str | None, pid: int | None) -> bool:
-        """Tell whether the device is still the one that was recorded."""
+        """Tell whether the device is still the one that was recorded.
+
+        Args:
+            backend: the backend identifier that the kernel shows.
+            pid: the process that the kernel shows; None if nothing is attached.
+        """
         if self.identifier:
             return backend == self.identifier
         return self.pid is not None and pid == self.pid

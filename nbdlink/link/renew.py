@@ -414,18 +414,27 @@ def _await_end(known: Record, inodes: Collection[int]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
+def is_true(known: Record) -> bool:
+    """Tell whether a record still describes its device.
+
+    Does not look at the connections, as `kernel.status` does: there that takes a while if none
+    is alive, and this is asked when none is.
+    """
+    pid = sysfs.pid(known.index)
+    return pid is not None and known.describes(sysfs.backend(known.index), pid)
+
+
 def known_of(index: int) -> Record:
     """Give the record of a device whose connections can be renewed.
 
     Raises:
         KernelError: there is none, or they cannot be.
     """
-    state = kernel.status(index)
     known = record.read(index)
     path = f"/dev/nbd{index}"
-    if state.state is kernel.DeviceState.FREE:
+    if sysfs.pid(index) is None:
         raise KernelError(f"{path} is not attached", hint="`nbdlink list` shows what is attached")
-    if known is None or not known.describes(state.backend, state.pid) or not known.spec:
+    if known is None or not is_true(known) or not known.spec:
         raise KernelError(
             f"{path}: it is not known what it is attached to",
             hint=f"nbdlink detach {path}, and attach it again",

@@ -29,14 +29,15 @@ from typing import Final
 
 from nbdlink import kernel
 from nbdlink.errors import ConfigError, NBDError
-from nbdlink.kernel import netlink
+from nbdlink.kernel import netlink, sysfs
 from nbdlink.kernel.events import EventKind, Events
 from nbdlink.link import record, resize
 from nbdlink.link.attach import attach_spec
 from nbdlink.link.config import Configuration
+from nbdlink.link.farewell import Farewell
 from nbdlink.link.notice import Notices
 from nbdlink.link.record import Record
-from nbdlink.link.renew import Renewal, health, renew
+from nbdlink.link.renew import Renewal, health, is_true, renew
 from nbdlink.link.spec import LinkSpec, describe, differences, restore
 from nbdlink.link.watched import Act, Watched
 from nbdlink.transport.activation import notify
@@ -97,6 +98,7 @@ class Supervisor:
         self._stopping = False
         self._ready = False
         self._next_survey = 0.0
+        self._farewell = Farewell()
         self._status = ""
         self._configure(load())
         for name in self._names:
@@ -209,7 +211,7 @@ class Supervisor:
         self._survey()
 
     def _renewed(self, link: Watched, act: Act, renewal: Renewal) -> None:
-        link.strayed = renewal.strayed
+        link.strayed, link.health = renewal.strayed, renewal.health
         for route, error in renewal.failures:
             _log.warning("%s: the route %s is closed: %s", link.title, route, error)
         if renewal.renewed:
@@ -250,12 +252,13 @@ class Supervisor:
         if now >= self._next_survey:
             self._next_survey = now + _SURVEY_SECONDS
             self._survey()
+            self._farewell.look(self.links.values(), now)
 
     def _survey(self) -> None:
         """Look at everything."""
         found: dict[str, Record] = {}
         for known in record.read_all():
-            if self._is_true(known) and (key := self._key(known)) is not None:
+            if is_true(known) and (key := self._key(known)) is not None:
                 found[key] = known
         for name, spec in self._wanted.items():
             link = self.links[name]
@@ -283,7 +286,7 @@ class Supervisor:
     def _look_at(self, index: int) -> None:
         """Look at one device, of which there is news."""
         known = record.read(index)
-        if known is None or (key := self._key(known)) is None or not self._is_true(known):
+        if known is None or (key := self._key(known)) is None or not is_true(known):
             self._next_survey = 0.0
         elif key in self.links:
             self._see(self.links[key], known)
@@ -336,13 +339,6 @@ class Supervisor:
         if self._names and known.name not in self._names:
             return None
         return known.name or f"/dev/nbd{known.index}"
-
-    def _is_true(self, known: Record) -> bool:
-        with contextlib.suppress(NBDError):
-            state = kernel.status(known.index)
-            free = state.state is kernel.DeviceState.FREE
-            return not free and known.describes(state.backend, state.pid)
-        return False
 
     # What is done.
 
@@ -473,10 +469,14 @@ def _adopt(spec: LinkSpec) -> Record | None:
     from nbdlink.link.attach import identifier_of
 
     identifier = identifier_of(spec)
-    states = [state for state in kernel.devices() if state.backend == identifier]
-    if not states or states[0].state is kernel.DeviceState.FREE or spec.name is None:
+    if not spec.name:
         return None
-    state = states[0]
+    for index in sysfs.indices():
+        if sysfs.pid(index) is not None and sysfs.backend(index) == identifier:
+            break
+    else:
+        return None
+    state = kernel.status(index)
     known = Record(
         index=state.index,
         name=spec.name,

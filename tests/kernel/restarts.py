@@ -1,0 +1,72 @@
+"""Servers that come and go on one port, as those do that devices have to outlive."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+from nbdlink.uri import Target
+from tests.interop.peers import _greets
+
+from .conftest import until
+
+
+class Restartable:
+    """A server in a process of its own, on a port that it keeps.
+
+    Attributes:
+        target: its export.
+        image: the file that is served.
+    """
+
+    def __init__(self, kind, image, folder, *options, credentials=None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.kind, self.image, self._folder, self._options = kind, image, folder, options
+        self._credentials = credentials
+        self.target = Target("127.0.0.1", self.port, export="data", tls=credentials is not None)
+        self._process = None
+
+    @property
+    def uri(self):
+        return str(self.target)
+
+    def command(self):
+        if self.kind == "nbdkit":
+            return ["nbdkit", "-f", "-p", self.port, "-i", "127.0.0.1", "file", self.image]
+        words = [sys.executable, "-m", "nbdlink", "serve", "-b", "127.0.0.1", "-p", self.port]
+        if self._credentials:
+            words += ["--tls-certificates", self._credentials]
+        return [*words, "-x", "data", *self._options, self.image]
+
+    def start(self, *options):
+        """Start it; it greets when this returns."""
+        assert self._process is None
+        self._options = options or self._options
+        with (self._folder / f"server-{self.port}.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [str(word) for word in self.command()], stdout=subprocess.DEVNULL, stderr=log
+            )
+        # Whoever is first in line gets the greeting; this server only has to be there.
+        until(lambda: self._process.poll() is not None or _greets(self.target))
+        assert self._process.poll() is None, self.log()
+        return self
+
+    def kill(self):
+        """End it as a crash does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def restart(self):
+        self.kill()
+        return self.start()
+
+    def send_signal(self, number):
+        self._process.send_signal(number)
+
+    def log(self):
+        return (self._folder / f"server-{self.port}.log").read_text()

@@ -1,0 +1,446 @@
+"""The supervisor: what is configured is attached, what breaks is renewed, what runs is adopted."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from nbdlink import kernel
+from nbdlink.cli.main import main
+from nbdlink.kernel import sysfs
+from nbdlink.link import record
+from nbdlink.link.renew import health
+from tests.interop.peers import MISSING
+
+from .conftest import PATIENCE, free_all, until
+from .restarts import Restartable
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+]
+
+SIZE = 8 << 20
+
+
+@pytest.fixture(autouse=True)
+def runtime_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "DIRECTORY", tmp_path / "run")
+    yield
+    free_all()
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+@pytest.fixture
+def servers(image, tmp_path):
+    """Make servers of the image, which are not started; all of them end with the test."""
+    made = []
+
+    def make(kind="nbdkit", *options):
+        server = Restartable(kind, image, tmp_path, *options)
+        made.append(server)
+        return server
+
+    yield make
+    for server in made:
+        server.kill()
+
+
+@pytest.fixture
+def server(servers):
+    return servers()
+
+
+class Supervisor:
+    """A supervisor in a process of its own, whose log can be waited for.
+
+    Attributes:
+        said: all lines of its log so far.
+    """
+
+    def __init__(self, folder, names=(), port=0, under=None):
+        self.config = folder / "nbdlink.toml"
+        if not self.config.exists():
+            self.config.write_text("")
+        environment = {**os.environ, "NBDLINK_RUNTIME_DIRECTORY": str(record.DIRECTORY)}
+        self.said = []
+        self._lines = queue.Queue()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.kernel.supervise", self.config, str(port), *names],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**environment, **(under or {})},
+            cwd=Path(__file__).parents[2],
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def _read(self):
+        for line in self._process.stderr:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def until(self, pattern):
+        """Wait for a line of the log that has the pattern in it; give what matched."""
+        while True:
+            try:
+                line = self._lines.get(timeout=PATIENCE)
+            except queue.Empty:
+                line = None
+            assert line is not None, f"{pattern!r} never came in:\n{''.join(self.said)}"
+            self.said.append(line)
+            if match := re.search(pattern, line):
+                return match
+
+    def tell(self, number):
+        self._process.send_signal(number)
+
+    def end(self, number=signal.SIGTERM):
+        """End it, unless it has ended by itself; give its exit status."""
+        if number is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+        status = self._process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        self._process.stderr.close()
+        return status
+
+
+@pytest.fixture
+def supervise(tmp_path):
+    """Start a supervisor with some configuration; all of them end with the test."""
+    started = []
+
+    def start(text=None, *names, **options):
+        if text is not None:
+            (tmp_path / "nbdlink.toml").write_text(text)
+        supervisor = Supervisor(tmp_path, names, **options)
+        started.append(supervisor)
+        return supervisor
+
+    yield start
+    for supervisor in started:
+        supervisor.end(signal.SIGKILL)
+
+
+def link(*servers, **settings):
+    """Write a configuration of one link."""
+    first, *others = [server.uri for server in servers]
+    lines = [f'[link.data]\ntarget = "{first}"', "timeout = 60", f"paths = {others}"]
+    return "\n".join([*lines, *(f"{key} = {value}" for key, value in settings.items())])
+
+
+def index_of(name):
+    return next((known.index for known in record.read_all() if known.name == name), None)
+
+
+def live(name="data"):
+    index = index_of(name)
+    return None if index is None else len(health(record.read(index)).live)
+
+
+def test_a_configured_link_is_attached(supervise, server, image):
+    server.start()
+    supervise(link(server)).until("attached as /dev/nbd")
+    assert Path(f"/dev/nbd{index_of('data')}").read_bytes() == image.read_bytes()
+
+
+def test_a_server_may_come_later_than_the_supervisor(supervise, server):
+    supervisor = supervise(link(server))
+    supervisor.until("connection refused")
+    server.start()
+    supervisor.until("attached as /dev/nbd")
+
+
+def test_a_device_outlives_its_server(supervise, server, image):
+    server.start()
+    supervisor = supervise(link(server, connections=2))
+    supervisor.until("attached as")
+    for _ in range(3):
+        server.kill()
+        supervisor.until("channels 0, 1 are dead")
+        server.start()
+        supervisor.until("channels 0, 1 renewed; 2 of 2 live")
+    assert Path(f"/dev/nbd{index_of('data')}").read_bytes() == image.read_bytes()
+
+
+def test_what_was_attached_by_hand_is_renewed_too(supervise, server):
+    server.start()
+    assert main(["attach", server.uri, "--dead-timeout", "100"]) == 0
+    supervisor = supervise()
+    supervisor.until("/dev/nbd0: adopted")
+    server.restart()
+    supervisor.until("channels 0 renewed")
+
+
+def test_what_is_attached_by_hand_later_is_renewed_too(supervise, server):
+    supervisor = supervise()
+    supervisor.until("ready")
+    server.start()
+    assert main(["attach", server.uri, "--name", "late", "--dead-timeout", "100"]) == 0
+    supervisor.until(r"late \(/dev/nbd0\): adopted")
+    server.restart()
+    supervisor.until("channels 0 renewed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_devices_outlive_the_supervisor(supervise, server, number):
+    server.start()
+    supervisor = supervise(link(server, connections=2))
+    supervisor.until("attached as")
+    supervisor.end(number)
+    assert live() == 2
+
+
+def test_a_supervisor_that_was_killed_finds_everything_again(supervise, server):
+    server.start()
+    first = supervise(link(server, connections=2))
+    first.until("attached as")
+    inodes = [each.inode for each in record.read(index_of("data")).channels]
+    first.end(signal.SIGKILL)
+    second = supervise()
+    second.until("ready: 1 links, 1 attached")
+    assert [each.inode for each in record.read(index_of("data")).channels] == inodes
+    server.restart()
+    second.until("channels 0, 1 renewed")
+
+
+def test_what_died_while_nobody_looked_is_renewed(supervise, server):
+    server.start()
+    first = supervise(link(server))
+    first.until("attached as")
+    first.end(signal.SIGKILL)
+    server.restart()
+    supervise().until("channels 0 renewed")
+
+
+def test_without_its_record_a_device_is_known_by_its_identifier(supervise, server):
+    server.start()
+    first = supervise(link(server, connections=2))
+    first.until("attached as")
+    index = index_of("data")
+    first.end()
+    record.remove(index)
+    second = supervise()
+    second.until(f"data: adopted .*nbd{index}")
+    server.restart()
+    second.until("channels 0, 1 renewed; 2 of 2 live")
+
+
+def test_what_was_detached_on_purpose_stays_so(supervise, server):
+    server.start()
+    supervisor = supervise(link(server))
+    supervisor.until("attached as")
+    assert main(["detach", "data"]) == 0
+    supervisor.until("data: was detached")
+    supervisor.tell(signal.SIGHUP)
+    supervisor.until("read again")
+    assert supervisor.end() == 0
+    assert index_of("data") is None
+
+
+def test_who_is_named_is_attached_even_if_it_was_detached(supervise, server):
+    server.start()
+    record.mark_detached("data")
+    supervise(link(server), "data").until("data: attached as")
+
+
+def test_attaching_by_hand_ends_the_detachment(supervise, server):
+    server.start()
+    supervisor = supervise(link(server))
+    supervisor.until("attached as")
+    assert main(["detach", "data"]) == 0
+    supervisor.until("data: was detached")
+    main(["attach", server.uri, "--name", "data", "--dead-timeout", "99"])
+    server.restart()
+    supervisor.until("channels 0 renewed")
+
+
+def test_a_device_that_somebody_else_disconnects_comes_back(supervise, server):
+    server.start()
+    supervisor = supervise(link(server))
+    supervisor.until("attached as")
+    kernel.detach(index_of("data"))
+    supervisor.until("data: is gone")
+    supervisor.until("attached as")
+
+
+def test_a_device_of_the_ioctl_road_comes_back(supervise, server):
+    server.start()
+    supervisor = supervise(link(server, ioctl="true", device='"/dev/nbd4"'))
+    supervisor.until("attached as /dev/nbd4")
+    server.restart()
+    supervisor.until("attached as /dev/nbd4")
+    assert sysfs.size(4) == SIZE
+
+
+def test_an_ioctl_device_that_was_attached_by_hand_comes_back(supervise, server):
+    server.start()
+    assert main(["attach", "--ioctl", server.uri, "/dev/nbd4"]) == 0
+    supervisor = supervise()
+    supervisor.until("/dev/nbd4: adopted")
+    server.restart()
+    supervisor.until("attached as /dev/nbd4")
+
+
+def test_a_module_that_is_gone_is_loaded_again(supervise, server):
+    supervisor = supervise(link(server))
+    supervisor.until("connection refused")
+    until(lambda: subprocess.run(["rmmod", "nbd"], check=False).returncode == 0)
+    server.start()
+    supervisor.until("attached as")
+
+
+def test_the_channels_of_a_dead_route_take_another_one_and_come_back(supervise, servers):
+    here, there = servers().start(), servers().start()
+    supervisor = supervise(link(here, there, connections=2))
+    supervisor.until("attached as")
+    here.kill()
+    supervisor.until("channels 0 renewed; 2 of 2 live")
+    channels = record.read(index_of("data")).channels
+    assert {each.route for each in channels} == {there.uri}
+    here.start()
+    supervisor.until("channels 0 back on their routes; 2 of 2 live")
+    channels = record.read(index_of("data")).channels
+    assert [each.route for each in channels] == [here.uri, there.uri]
+
+
+def test_an_export_that_was_swapped_is_refused(supervise, server, image):
+    server.start()
+    supervisor = supervise(link(server))
+    supervisor.until("attached as")
+    server.kill()
+    os.truncate(image, SIZE // 2)
+    server.start()
+    supervisor.until(f"is not the one that data has: it has {SIZE // 2} bytes")
+    assert live() == 0
+
+
+def test_a_hint_makes_it_try_at_once(supervise, servers, tmp_path):
+    state = tmp_path / "clients"
+    server = servers("nbdlink", "--remember-clients", str(state)).start()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    supervisor = supervise(link(server), port=port)
+    supervisor.until("attached as")
+    server.restart()
+    supervisor.until("channels 0 renewed")  # with this the server knows where to tell
+    session = record.read_session(index_of("data"))
+    until(lambda: session in state.read_text())
+    server.restart()
+    supervisor.until("channels 0 renewed")
+
+
+def test_a_new_configuration_is_taken_over(supervise, server, tmp_path):
+    server.start()
+    supervisor = supervise("")
+    supervisor.until("ready")
+    supervisor.config.write_text(link(server))
+    supervisor.tell(signal.SIGHUP)
+    supervisor.until("attached as")
+
+
+def test_a_mistake_in_the_new_configuration_changes_nothing(supervise, server):
+    server.start()
+    supervisor = supervise(link(server))
+    supervisor.until("attached as")
+    supervisor.config.write_text("[link.data]\nbad = 1\n")
+    supervisor.tell(signal.SIGHUP)
+    supervisor.until("the configuration stays as it was: .*:2: unknown key 'bad'")
+    server.restart()
+    supervisor.until("channels 0 renewed")
+
+
+def test_a_link_that_is_no_longer_configured_stays_attached(supervise, server):
+    server.start()
+    supervisor = supervise(link(server))
+    supervisor.until("attached as")
+    supervisor.config.write_text("")
+    supervisor.tell(signal.SIGHUP)
+    supervisor.until("read again: 0 links")
+    server.restart()
+    supervisor.until("channels 0 renewed")
+
+
+def test_another_configuration_of_a_running_link_is_told(supervise, server):
+    server.start()
+    assert main(["attach", server.uri, "--name", "data"]) == 0
+    supervise(link(server, connections=2)).until(
+        "is attached with another connections and timeout and dead-timeout than is configured"
+    )
+
+
+def test_a_name_that_nobody_knows_is_a_mistake(supervise):
+    supervisor = supervise("", "nobody")
+    supervisor.until("there is no link named 'nobody'")
+    assert supervisor.end(None) == 2
+
+
+def test_only_what_is_named_is_looked_after(supervise, servers):
+    one, two = servers().start(), servers().start()
+    text = f'[link.one]\ntarget = "{one.uri}"\n[link.two]\ntarget = "{two.uri}"\n'
+    supervisor = supervise(text, "two")
+    supervisor.until("ready")
+    assert [known.name for known in record.read_all()] == ["two"]
+
+
+def test_the_service_manager_is_told(supervise, server, tmp_path):
+    server.start()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "notify"))
+        sock.settimeout(PATIENCE)
+        told = ""
+
+        def hear(word):
+            nonlocal told
+            while word not in told:
+                told += sock.recv(4096).decode() + "\n"
+
+        under = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
+        supervisor = supervise(link(server), under=under)
+        hear("READY=1")
+        hear("STATUS=1 links, 1 attached")
+        hear("WATCHDOG=1")
+        told = ""
+        supervisor.tell(signal.SIGHUP)
+        hear("RELOADING=1\nMONOTONIC_USEC=")
+        hear("READY=1")
+        supervisor.tell(signal.SIGTERM)
+        hear("STOPPING=1")
+
+
+def test_attach_may_stay_and_renew(server, tmp_path):
+    server.start()
+    environment = {**os.environ, "NBDLINK_RUNTIME_DIRECTORY": str(record.DIRECTORY)}
+    words = ["attach", "--supervise", "--name", "data", server.uri]
+    with subprocess.Popen(
+        [sys.executable, "-m", "nbdlink", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout.readline() == "/dev/nbd0\n"
+        server.restart()
+        until(lambda: live() == 1)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
