@@ -310,15 +310,30 @@ class Supervisor:
         link.tried = True
         link.measurable = known.signature is not None
         before = link.health.dead if link.health else ()
-        link.health = health(known) if known.road == "netlink" else None
+        if known.road == "netlink":
+            link.health = health(known)
+        else:
+            self._see_ioctl(link, known)
         if link.health and link.health.dead and link.health.dead != before and not link.busy:
             numbers = ", ".join(str(number) for number in link.health.dead)
             _log.info("%s: channels %s are dead", link.title, numbers)
         link.seen(time.monotonic())
 
+    def _see_ioctl(self, link: Watched, known: Record) -> None:
+        """Take note of a device that ends with its connections, but not while it is open."""
+        counts = sysfs.live_links() or {}
+        ended = counts.get(known.index) == 0
+        if ended and not link.ended:
+            _log.warning(
+                "%s: has lost its server, and ioctls cannot renew it; it is attached again when "
+                "nobody has it open any more",
+                link.title,
+            )
+        link.ended = ended
+
     def _lost(self, link: Watched) -> None:
         """Take note that a device is not attached any more."""
-        index, link.index, link.health = link.index, None, None
+        index, link.index, link.health, link.ended = link.index, None, None, False
         assert index is not None
         known = record.read(index)
         if known is None:

@@ -40,6 +40,7 @@ class Watched:
         index: N of `/dev/nbdN` while something is attached that is this link.
         health: the channels, as they were seen last; None on the ioctl road.
         measurable: whether the server proves which export it is, so that growth can be followed.
+        ended: whether it is of the ioctl road and has ended, but somebody still has it open.
         detached: whether it was detached on purpose.
         strayed: channels that do not take their own route.
         busy: what is being done about it just now.
@@ -53,6 +54,7 @@ class Watched:
     index: int | None = None
     health: Health | None = None
     measurable: bool = False
+    ended: bool = False
     detached: bool = False
     strayed: tuple[int, ...] = ()
     busy: Act | None = None
@@ -68,6 +70,8 @@ class Watched:
         """One word for people."""
         if self.index is None:
             return "detached" if self.detached else "waiting"
+        if self.ended:
+            return "dead"
         if self.health is None or not self.health.dead:
             return "attached"
         return "degraded" if self.health.live else "dead"
