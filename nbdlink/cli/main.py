@@ -21,12 +21,17 @@ from nbdlink.version import __version__
 VERBS = {
     "attach": ("nbdlink.cli.attach", "bind an export to a block device"),
     "detach": ("nbdlink.cli.attach", "unbind devices"),
+    "reconnect": ("nbdlink.cli.reconnect", "renew the connections of a device, or move them"),
+    "resize": ("nbdlink.cli.reconnect", "take over the new size of an export"),
+    "supervise": ("nbdlink.cli.supervise", "keep devices attached: the daemon"),
     "list": ("nbdlink.cli.show", "show what is attached"),
+    "watch": ("nbdlink.cli.watch", "show what links do, as it happens"),
     "exports": ("nbdlink.cli.show", "show what a server offers"),
     "info": ("nbdlink.cli.show", "show all that is known of an export or a device"),
     "map": ("nbdlink.cli.map", "show what is allocated"),
     "copy": ("nbdlink.cli.copy", "copy images from and to exports"),
     "serve": ("nbdlink.cli.serve", "serve files and block devices"),
+    "setup": ("nbdlink.cli.setup", "install udev rules, units and manual pages"),
     "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
 }
 

@@ -7,13 +7,17 @@ drawn on; a pipe gets plain aligned columns, without colour.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
+    from rich.segment import Segment
 
 # What a state looks like at a glance.
 STATE_STYLES = {"attached": "green", "ok": "green", "warning": "yellow", "unknown": "yellow"}
@@ -151,3 +155,113 @@ def progress() -> ProgressBar:
         TimeRemainingColumn(),
     )
     return ProgressBar(Progress(*columns, console=Console(stderr=True)))
+
+
+# Full-screen pictures.
+
+
+def print_json_line(value: Mapping[str, Any]) -> None:
+    """Print `value` as JSON in one line, which is on its way when this returns."""
+    print(json.dumps(value, ensure_ascii=sys.stdout.isatty(), default=str), flush=True)
+
+
+def can_paint() -> bool:
+    """Tell whether stdout is a terminal on which a picture can be kept up to date."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def screen_size() -> tuple[int, int]:
+    """Give columns and lines of the terminal on stdout."""
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        return 80, 24
+    # A terminal that does not know its size (a serial line) says 0.
+    return size.columns or 80, size.lines or 24
+
+
+_NOTHING: Sequence[tuple[str, str]] = []
+
+
+class Screen:
+    """The terminal's other screen, painted line by line; what was there comes back at the end.
+
+    Only the lines that have changed are written, so that nothing flickers.
+    """
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console: Console = Console()
+        self._painted: list[Sequence[tuple[str, str]]] = []
+
+    def __enter__(self) -> Self:
+        self._console.set_alt_screen(True)
+        self._console.show_cursor(False)
+        self.forget()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._console.show_cursor(True)
+        self._console.set_alt_screen(False)
+
+    def forget(self) -> None:
+        """Paint everything anew the next time: the terminal may show something else."""
+        self._painted = []
+
+    def paint(self, lines: Sequence[Sequence[tuple[str, str]]]) -> None:
+        """Show these lines of styled text, each no wider than the screen, from the top."""
+        from rich.control import Control
+        from rich.segment import Segment, Segments
+
+        segments: list[Segment] = []
+        if not self._painted:
+            segments += [Control.clear().segment, Control.home().segment]
+        for number, (line, before) in enumerate(
+            zip_longest(lines, self._painted, fillvalue=_NOTHING)
+        ):
+            if line == before:
+                continue
+            segments.append(Control.move_to(0, number).segment)
+            segments += _segments(self._console, line)
+            lacking = sum(_cells(before)) - sum(_cells(line))
+            segments.append(Segment(" " * max(0, lacking)))
+        self._painted = list(lines)
+        if segments:
+            self._console.print(Segments(segments), end="", soft_wrap=True)
+
+
+def _segments(console: Console, line: Sequence[tuple[str, str]]) -> list[Segment]:
+    from rich.segment import Segment
+
+    return [Segment(text, console.get_style(style) if style else None) for text, style in line]
+
+
+def _cells(line: Sequence[tuple[str, str]]) -> list[int]:
+    from rich.cells import cell_len
+
+    return [cell_len(text) for text, _ in line]
+
+
+def picture_as_svg(lines: Sequence[Sequence[tuple[str, str]]], columns: int, title: str) -> str:
+    """Give a picture of a terminal that shows these lines, for documents."""
+    import io
+    import re
+
+    from rich.console import Console
+    from rich.segment import Segment, Segments
+
+    console = Console(
+        record=True, width=columns, file=io.StringIO(), force_terminal=True,
+        color_system="truecolor", legacy_windows=False,
+    )  # fmt: skip
+    for line in lines:
+        console.print(Segments([*_segments(console, line), Segment("\n")]), end="", soft_wrap=True)
+    svg = console.export_svg(title=title)
+    # It would fetch fonts from elsewhere, which no page should, and most would not let it.
+    return re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         type=_port,
         help="UDP port on which servers may say that they are back (10809); 0 for none",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="ADDRESS",
+        help="serve Prometheus metrics at HOST:PORT, :PORT or a Unix socket's path",
+    )
     parser.set_defaults(run=run_supervise)
 
 
@@ -38,16 +44,31 @@ def run_supervise(arguments: argparse.Namespace) -> int:
     """Look after links until a signal comes."""
     from nbdlink.link import config
 
-    return supervise(config.load, arguments.names, arguments.notice_port, arguments.verbose)
+    return supervise(
+        config.load,
+        arguments.names,
+        arguments.notice_port,
+        metrics=arguments.metrics,
+        verbose=arguments.verbose,
+    )
 
 
 def supervise(
     load: Callable[[], Configuration],
     names: Sequence[str],
     notice_port: int | None = None,
+    *,
+    metrics: str | None = None,
     verbose: int = 0,
 ) -> int:
     """Be the daemon, in the foreground.
+
+    Args:
+        load: reads the configuration.
+        names: the only links to look after; none for all.
+        notice_port: UDP port for servers that are back; None for the usual one, 0 for none.
+        metrics: where metrics are served, or None.
+        verbose: how much is said; what a daemon does is always.
 
     Raises:
         ConfigError: the configuration has a mistake, or there is no such link.
@@ -57,7 +78,14 @@ def supervise(
     from nbdlink.link.notice import DEFAULT_PORT
     from nbdlink.link.supervisor import Supervisor
 
-    set_up_logging(max(verbose, 1))  # what a daemon does is what its log is for
+    set_up_logging(max(verbose, 1))
     port = DEFAULT_PORT if notice_port is None else notice_port or None
-    Supervisor(load, names, notice_port=port).run()
+    supervisor = Supervisor(load, names, notice_port=port)
+    with contextlib.ExitStack() as stack:
+        if metrics is not None:
+            from nbdlink.link.metrics import DeviceMetrics
+            from nbdlink.transport.exposition import serve_metrics
+
+            stack.enter_context(serve_metrics(metrics, DeviceMetrics()))
+        supervisor.run()
     return 0

@@ -34,6 +34,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from nbdlink.errors import KernelError
+from nbdlink.kernel import module
 
 if TYPE_CHECKING:
     from nbdlink.kernel.udev import Uevents
@@ -190,8 +191,12 @@ class Events:
             return None
 
     def _ask_for_family(self) -> None:
-        """Have the kernel announce the family, to us alone; no family, no harm."""
-        if self._links is None:
+        """Have the kernel announce the family, to us alone; no family, no harm.
+
+        Not without the driver: asking for its family would load it (seen with Linux 6.12), and
+        who only listens shall change nothing. Its own announcement will be heard.
+        """
+        if self._links is None or not module.loaded():
             return
         name = _NBD + b"\0"
         attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(name), _FAMILY_NAME) + name

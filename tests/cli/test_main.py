@@ -35,7 +35,7 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"nbdlink {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["list", "--nonsense"], ["attach"]])
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["list", "--nonsense"], ["info"]])
 def test_a_wrong_command_line_ends_with_2(words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(words)

@@ -19,7 +19,7 @@ import pytest
 
 from nbdlink import kernel
 from nbdlink.errors import KernelError
-from nbdlink.kernel import netlink, sysfs, udev
+from nbdlink.kernel import module, netlink, sysfs, udev
 
 from .peer import Peer
 
@@ -143,6 +143,33 @@ def _stop_udevd():
             until(lambda: not udev.runs(), PATIENCE / 6)
             return
     pytest.fail("udevd does not end")
+
+
+@pytest.fixture
+def unloaded(monkeypatch, tmp_path):
+    """Take the module away; give a function that has our modprobe load it again."""
+    found = subprocess.run(["/sbin/modinfo", "-n", "nbd"], capture_output=True, text=True)
+    path = found.stdout.strip() or next(
+        map(str, Path("/usr/lib/uml/modules").glob("*/kernel/drivers/block/nbd.ko"))
+    )
+    script = tmp_path / "modprobe"
+    setting = tmp_path / "setting"
+    monkeypatch.setattr(module, "_MODPROBE", setting)
+    setting.write_text(f"{tmp_path}/absent\n")
+    until(
+        lambda: (
+            subprocess.run(["/sbin/rmmod", "nbd"], capture_output=True, check=False).returncode == 0
+        )
+    )
+
+    def allow():
+        script.write_text(f'#!/bin/sh\ntest "$*" = nbd && exec /sbin/insmod {path}\n')
+        script.chmod(0o755)
+        setting.write_text(f"{script}\n")
+
+    yield allow
+    if not module.loaded():
+        subprocess.run(["/sbin/insmod", path], check=True)
 
 
 @pytest.fixture

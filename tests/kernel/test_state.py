@@ -9,7 +9,7 @@ import pytest
 
 from nbdlink import kernel
 from nbdlink.errors import KernelError, ModuleMissingError
-from nbdlink.kernel import module, netlink, sysfs
+from nbdlink.kernel import netlink, sysfs
 
 from .conftest import SIZE, run_python, until
 from .peer import MULTI_CONN
@@ -153,36 +153,6 @@ def test_an_unattached_device_is_not_reconfigured():
 
 
 # Without the module.
-
-
-@pytest.fixture
-def unloaded(monkeypatch, tmp_path):
-    """Take the module away; give a function that has our modprobe load it again."""
-    import subprocess
-    from pathlib import Path
-
-    found = subprocess.run(["/sbin/modinfo", "-n", "nbd"], capture_output=True, text=True)
-    path = found.stdout.strip() or next(
-        map(str, Path("/usr/lib/uml/modules").glob("*/kernel/drivers/block/nbd.ko"))
-    )
-    script = tmp_path / "modprobe"
-    setting = tmp_path / "setting"
-    monkeypatch.setattr(module, "_MODPROBE", setting)
-    setting.write_text(f"{tmp_path}/absent\n")
-    until(
-        lambda: (
-            subprocess.run(["/sbin/rmmod", "nbd"], capture_output=True, check=False).returncode == 0
-        )
-    )
-
-    def allow():
-        script.write_text(f'#!/bin/sh\ntest "$*" = nbd && exec /sbin/insmod {path}\n')
-        script.chmod(0o755)
-        setting.write_text(f"{script}\n")
-
-    yield allow
-    if not module.loaded():
-        subprocess.run(["/sbin/insmod", path], check=True)
 
 
 def test_a_missing_module_is_named(unloaded, peer):
