@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add("-r", "--read-only", action="store_true", help="refuse writes")
     add("-o", "--offset", metavar="SIZE", default="0", help="begin this far into the storage")
     add("--size", metavar="SIZE", help="export this much (up to the storage's end)")
+    add(
+        "--signature",
+        metavar="[NAME=]TEXT",
+        action="append",
+        default=[],
+        help="what tells the export's data from other data; may be repeated (by the file)",
+    )
     add("-e", "--shared", metavar="N", type=int, default=0, help="clients at once (0: any number)")
     lifetime = parser.add_mutually_exclusive_group()
     lifetime.add_argument(
@@ -59,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     )
     add("--fork", action="store_true", help="go to the background once clients can come")
     add("--pid-file", metavar="PATH", help="a file for the process's number, while it serves")
+    add(
+        "--remember-clients",
+        metavar="FILE",
+        help="keep who is connected here, and tell them when the server is back",
+    )
+    add("--metrics", metavar="ADDRESS", help="serve Prometheus metrics at [HOST]:PORT or a path")
     add_server_arguments(parser)
     parser.set_defaults(run=run)
 
@@ -74,8 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
         log_to_syslog,
         raise_descriptor_limit,
     )
+    from nbdlink.server.notices import Notices
     from nbdlink.transport.activation import inherited_sockets, notify
+    from nbdlink.transport.exposition import check_address, serve_metrics
 
+    if arguments.metrics is not None:
+        check_address(arguments.metrics)
     if arguments.shared < 0:
         raise ConfigError("the number of clients cannot be negative", hint="0 is any number")
     _port(arguments)
@@ -90,6 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     background = fork_to_background() if arguments.fork else None
     pid_file = None if arguments.pid_file is None else PidFile(arguments.pid_file)
     security = server_security(arguments)
+    notices = Notices(arguments.remember_clients) if arguments.remember_clients else None
     catalogue = _catalogue(arguments)
     with contextlib.ExitStack() as undo:
         for storage in catalogue.storages:
@@ -113,9 +131,14 @@ def run(arguments: argparse.Namespace) -> int:
         processes=_processes(arguments.processes),
         on_fork=detach if background is not None else lambda: None,
         security=security,
+        notices=notices,
     )
 
+    metrics = contextlib.ExitStack()
+
     def ready() -> None:
+        if arguments.metrics is not None:  # in a thread, so after all forks
+            metrics.enter_context(serve_metrics(arguments.metrics, service.metrics))
         if pid_file is not None:
             pid_file.publish()
         # Who has made the sockets knows where they are, and may want our stdout for itself:
@@ -128,7 +151,8 @@ def run(arguments: argparse.Namespace) -> int:
         notify(f"READY=1\nMAINPID={os.getpid()}")
 
     try:
-        return service.run(ready)
+        with metrics:
+            return service.run(ready)
     finally:
         if pid_file is not None:
             pid_file.remove()
@@ -174,6 +198,7 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
             hint="name several as NAME=STORAGE",
         )
     clients = _clients(arguments)
+    signatures = _signatures(arguments)
     with contextlib.ExitStack() as undo:
         exports = []
         for word in arguments.storage:
@@ -191,11 +216,42 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
                     # A second connection of the one client that is let in would wait for ever.
                     multi_conn=arguments.shared != 1,
                     clients=frozenset(clients.get(name, []) + clients.get(None, [])),
+                    given_signature=signatures.get(name),
                 )
             )
         catalogue = Catalogue(exports)
         undo.pop_all()
         return catalogue
+
+
+def _names(arguments: argparse.Namespace) -> set[str]:
+    """Give the names of all exports."""
+    if arguments.export_name is not None:
+        return {arguments.export_name}
+    return {_split(word, len(arguments.storage) > 1)[0] for word in arguments.storage}
+
+
+def _signatures(arguments: argparse.Namespace) -> dict[str, str]:
+    """Tell the signatures of the exports that are given one.
+
+    Raises:
+        ConfigError: an export is given two, or several have to share one.
+    """
+    names = _names(arguments)
+    signatures: dict[str, str] = {}
+    for word in arguments.signature:
+        name, equals, text = word.partition("=")
+        if not equals or name not in names:
+            if len(names) > 1:
+                raise ConfigError(
+                    f"--signature {word} does not say which of the {len(names)} exports it is for",
+                    hint="say NAME=TEXT: each export has other data, and so another signature",
+                )
+            (name,), text = names, word
+        if name in signatures:
+            raise ConfigError(f"two signatures for the export {name!r}", hint="give it one")
+        signatures[name] = text
+    return signatures
 
 
 def _clients(arguments: argparse.Namespace) -> dict[str | None, list[str]]:
@@ -204,9 +260,7 @@ def _clients(arguments: argparse.Namespace) -> dict[str | None, list[str]]:
     Raises:
         ConfigError: a word begins neither with an export's name nor as a distinguished name.
     """
-    names = {_split(word, len(arguments.storage) > 1)[0] for word in arguments.storage}
-    if arguments.export_name is not None:
-        names = {arguments.export_name}
+    names = _names(arguments)
     if arguments.client:
         from nbdlink.transport.identity import ATTRIBUTES
     clients: dict[str | None, list[str]] = {}

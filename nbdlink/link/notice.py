@@ -2,8 +2,9 @@
 
 A server that was told a port (`nbdlink.protocol.claim`) sends a datagram to it when it has been
 started again. That is a hint, no more: it makes a supervisor try at once what it would have
-tried anyway, at a target that it has been given by its administrator. What does not name the
-secret number of a device is nobody's business, and of each only so many are listened to.
+tried anyway, at a target that it has been given by its administrator. What does not name a
+device by the digest of its secret number is nobody's business, and of each only so many are
+listened to.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import time
 from types import TracebackType
 from typing import Final
 
+from nbdlink.protocol.claim import NOTICE
+
 _log = logging.getLogger("nbdlink.supervisor")
 
 DEFAULT_PORT: Final = 10809
-_WORD: Final = b"nbdlink-notice"
-_VERSION: Final = b"1"
 _LONGEST: Final = 128
 _MOST_AT_ONCE: Final = 64
 _RATE_SECONDS: Final = 0.2
@@ -59,7 +60,7 @@ class Notices:
         return self._socket.fileno() if self._socket else -1
 
     def read(self) -> set[str]:
-        """Give the sessions for which there is a hint, without waiting."""
+        """Give the digests of the sessions for which there is a hint, without waiting."""
         found: set[str] = set()
         for _ in range(_MOST_AT_ONCE if self._socket else 0):
             assert self._socket is not None
@@ -67,21 +68,21 @@ class Notices:
                 data = self._socket.recv(_LONGEST + 1)
             except OSError:
                 break
-            words = data.split() if len(data) <= _LONGEST else []
-            if len(words) < 3 or words[0] != _WORD or words[1] != _VERSION:
+            text = data.decode("ascii", "replace") if len(data) <= _LONGEST else ""
+            if not text.startswith(f"{NOTICE} "):
                 continue
-            session = words[2].decode("ascii", "replace")
-            if self._is_fresh(session):
-                found.add(session)
+            digest = text.removeprefix(f"{NOTICE} ").strip()
+            if self._is_fresh(digest):
+                found.add(digest)
         return found
 
-    def _is_fresh(self, session: str) -> bool:
+    def _is_fresh(self, digest: str) -> bool:
         now = time.monotonic()
-        if now - self._last.get(session, -1e9) < _RATE_SECONDS:
+        if now - self._last.get(digest, -1e9) < _RATE_SECONDS:
             return False
         if len(self._last) >= _MOST_REMEMBERED:
             self._last.clear()
-        self._last[session] = now
+        self._last[digest] = now
         return True
 
     def close(self) -> None:

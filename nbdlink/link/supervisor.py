@@ -40,6 +40,7 @@ from nbdlink.link.record import Record
 from nbdlink.link.renew import Renewal, health, is_true, renew
 from nbdlink.link.spec import LinkSpec, describe, differences, restore
 from nbdlink.link.watched import Act, Watched
+from nbdlink.protocol.claim import digest_of
 from nbdlink.transport.activation import notify
 
 _log = logging.getLogger("nbdlink.supervisor")
@@ -177,9 +178,10 @@ class Supervisor:
                 link.hurry(now)
 
     def _hurry(self, notices: Notices) -> None:
-        for session in notices.read():
+        for digest in notices.read():
             for link in self.links.values():
-                if link.index is not None and record.read_session(link.index) == session:
+                session = None if link.index is None else record.read_session(link.index)
+                if session is not None and digest_of(session) == digest:
                     if link.hurry(time.monotonic()):
                         _log.info("%s: its server says that it is back", link.title)
                     break

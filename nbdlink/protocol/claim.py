@@ -24,14 +24,17 @@ the connection may use the export, and a session's number is a secret between th
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 
-__all__ = ["NAMESPACE", "NO_TESTIMONY", "Claim", "Testimony"]
+__all__ = ["NAMESPACE", "NOTICE", "NO_TESTIMONY", "Claim", "Testimony", "digest_of"]
 
 NAMESPACE: Final = "x-nbdlink:"
+NOTICE: Final = "nbdlink-notice 1"
+"""Begins a notice: its name and version."""
 _HIGHEST: Final = (1 << 63) - 1
 _LONGEST_SIGNATURE: Final = 255
 _SESSION: Final = re.compile(r"[0-9a-f]{32}\Z")
@@ -39,6 +42,11 @@ _NUMBER: Final = re.compile(r"(0|[1-9][0-9]{0,18})\Z")
 _KEYS: Final = ("session", "channel", "generation", "notice")
 _FENCES: Final = NAMESPACE + "fences"
 _SIGNATURE: Final = NAMESPACE + "signature="
+
+
+def digest_of(session: str) -> str:
+    """Give the name of a session that may be heard by anybody."""
+    return hashlib.sha256(f"notice {session}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,15 @@ class Claim:
             f"{NAMESPACE}session={self.session};channel={self.channel};generation={self.generation}"
         )
         return text if self.notice is None else f"{text};notice={self.notice}"
+
+    @property
+    def notice_text(self) -> str:
+        """What a server sends to that port when it is back.
+
+        In clear, to whoever listens there now: so it does not tell the session's number, by
+        which channels could be claimed, but a digest of it.
+        """
+        return f"{NOTICE} {digest_of(self.session)}"
 
     @classmethod
     def parse(cls, query: str) -> Self:

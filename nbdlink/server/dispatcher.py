@@ -7,6 +7,7 @@ worker.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from nbdlink.errors import RemoteProtocolError
 from nbdlink.protocol.chunks import parse_status_filter
 from nbdlink.protocol.constants import Command, CommandFlag, Error, HeaderStyle
 from nbdlink.server.executor import PIECE, Executor
-from nbdlink.server.intake import SPLICE, Intake, StoringFailedError
+from nbdlink.server.intake import SPLICE, HungUpError, Intake, StoringFailedError
 from nbdlink.server.negotiate import NegotiatedSession
 from nbdlink.server.outlet import Outlet
 from nbdlink.server.replies import ReplyFormat
@@ -39,6 +40,7 @@ class Dispatcher:
 
     Attributes:
         failure: what went wrong in a worker so that the connection had to be cut, or None.
+        rules: what requests must keep to; other ones once the export is found to have grown.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class Dispatcher:
         self.failure: Exception | None = None
         self.executor = Executor(negotiated.export, negotiated.contexts, form, outlet, session)
         self._session = session
+        self._export = negotiated.export
         self._storage = negotiated.export.storage
-        self._rules = negotiated.rules
+        self.rules = negotiated.rules
         self._contexts = negotiated.contexts
         self._form = form
         self._intake = intake
@@ -85,14 +88,17 @@ class Dispatcher:
 
         Raises:
             RemoteProtocolError: far more is announced than may be sent; the error is out.
+            HungUpError: a newer connection has taken this one's place.
         """
+        if self._session.superseded:
+            raise HungUpError
         _, flags, command, cookie, offset, length = self._intake.request.unpack_from(
             self._intake.inbox, start
         )
         flags, announced, error = self._payload(command, flags, length)
         filtered = announced if command == _BLOCK_STATUS else 0
         if not error and not filtered:
-            error = self._rules.check(command, flags, offset, length)
+            error = self._check(command, flags, offset, length)
         payload = start + self._intake.request.size
         after = payload + announced
         if after > end:
@@ -107,7 +113,7 @@ class Dispatcher:
         if filtered and not error:
             try:
                 length, only = parse_status_filter(self._intake.inbox[payload:after])
-                error = self._rules.check(command, flags, offset, length)
+                error = self._check(command, flags, offset, length)
                 if len(set(only)) < len(only) or not self._contexts.keys() >= set(only) or not only:
                     error = _EINVAL
             except RemoteProtocolError:
@@ -125,6 +131,20 @@ class Dispatcher:
         else:
             self.dispatch(command, flags, cookie, offset, length, only=only)
         return after, end
+
+    def _check(self, command: int, flags: int, offset: int, length: int) -> int:
+        """Say which error a request deserves, or 0.
+
+        One that reaches behind the end may come from a client that knows of a growth sooner than
+        this process: another connection was told, or a person.
+        """
+        error = self.rules.check(command, flags, offset, length)
+        if error and offset + length > self.rules.size:
+            self._storage.notice_growth()
+            if (size := self._export.size) > self.rules.size:
+                self.rules = dataclasses.replace(self.rules, size=size)
+                return self.rules.check(command, flags, offset, length)
+        return error
 
     def _payload(self, command: int, flags: int, length: int) -> tuple[int, int, int]:
         """Tell how long a request's payload is.
@@ -167,6 +187,8 @@ class Dispatcher:
 
     def _job(self, *request: Any) -> Callable[[], None]:
         def do() -> None:
+            if self._session.superseded:
+                return  # the client has asked for it again by now, elsewhere
             try:
                 self.executor.perform(*request)
             except OSError:
@@ -206,7 +228,7 @@ class Dispatcher:
         """
         self._intake.note(length - (end - payload))
         if error:
-            if length > 2 * self._rules.maximum_payload:
+            if length > 2 * self.rules.maximum_payload:
                 self.executor.refuse(error, cookie, offset)
                 raise RemoteProtocolError(f"a request announces {length} bytes of payload")
             self._intake.skip(length - (end - payload))

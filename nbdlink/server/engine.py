@@ -89,6 +89,9 @@ _STRUCTURED_DATA: Final = (
 _EXTENDED_DATA: Final = EXTENDED_REPLY_MAGIC << 32 | ReplyFlag.DONE << 16 | ReplyType.OFFSET_DATA
 _EXTENDED_OK: Final = EXTENDED_REPLY_MAGIC << 32 | ReplyFlag.DONE << 16 | ReplyType.NONE
 
+DISCONNECTED: Final = "disconnected"
+"""The words for a client that has said goodbye."""
+
 _OUTBOX: Final = 256 * 1024
 """Bytes of replies that are sent before another request is looked at."""
 _MOST_PARTS: Final = 512
@@ -377,7 +380,7 @@ class Transmission:
                             )
                         command = kind & 0xFFFF
                         if command == _DISCONNECT:
-                            return "disconnected"
+                            return DISCONNECTED
                         taken = aside.take(start, end, inline=patience == 0)
                         if taken is None:
                             break  # the rest will come
@@ -385,6 +388,16 @@ class Transmission:
                         requests += 1
                         if command == _WRITE:
                             longest = length
+                        if aside.rules.size != size:
+                            # It has grown. Nothing is lent now, so nothing refers to what was.
+                            size = aside.rules.size
+                            if plain := self._storage.plain_file:
+                                assert self._lending
+                                self._lending.plain = plain
+                                mapping = plain.mapping
+                                seen = None if in_memory else mapping.seen
+                                pages, first, last = NO_WINDOW
+                                lends = short > 0 and self._can_lend()
                         continue
 
                     if (

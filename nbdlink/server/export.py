@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from nbdlink.errors import ConfigError, LocalProtocolError
 from nbdlink.protocol.constants import HeaderStyle, TransmissionFlag
 from nbdlink.protocol.messages import BlockSizeInfo, ExportListing
 from nbdlink.protocol.transmission import RequestRules
 from nbdlink.storage.base import Storage
+
+LONGEST_SIGNATURE: Final = 200
+"""Characters in a signature that an administrator gives."""
+_MADE_UP: Final = "auto:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +31,12 @@ class Export:
         tls_only: whether it may be used over TLS only, though the server offers both.
         clients: who may use it: subjects of certificates, or users of pre-shared keys; empty
             for everybody.
+        given_signature: what tells the export's data from other data, in an administrator's
+            words; None to leave it to the storage.
 
     Raises:
-        ConfigError: the protocol cannot carry the name, the description or the block sizes.
+        ConfigError: the protocol cannot carry the name, the description or the block sizes, or
+            the signature is of no use.
     """
 
     name: str
@@ -38,6 +46,7 @@ class Export:
     multi_conn: bool = True
     tls_only: bool = False
     clients: frozenset[str] = frozenset()
+    given_signature: str | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -45,6 +54,24 @@ class Export:
             self.block_size.pack()
         except LocalProtocolError as error:
             raise ConfigError(f"export {self.name[:80]!r}: {error}") from None
+        self._check_signature()
+
+    def _check_signature(self) -> None:
+        signature = self.given_signature
+        if signature is None:
+            return
+        if not 1 <= len(signature) <= LONGEST_SIGNATURE:
+            wrong = f"has {len(signature)} characters"
+        elif not (signature.isascii() and signature.isprintable()):
+            wrong = "has characters that are not printable ASCII"
+        elif signature.startswith(_MADE_UP):
+            wrong = f"begins with {_MADE_UP!r}, as those do that the server makes itself"
+        else:
+            return
+        raise ConfigError(
+            f"export {self.name[:80]!r}: its signature {wrong}",
+            hint=f"use 1 to {LONGEST_SIGNATURE} printable ASCII characters, such as a UUID",
+        )
 
     @property
     def is_read_only(self) -> bool:
@@ -55,6 +82,13 @@ class Export:
     def is_secured(self) -> bool:
         """Whether nobody may use it without TLS, which alone tells who somebody is."""
         return self.tls_only or bool(self.clients)
+
+    @property
+    def signature(self) -> str | None:
+        """What tells the export's data from other data, or None."""
+        if self.given_signature is not None:
+            return self.given_signature
+        return self.storage.signature
 
     @property
     def size(self) -> int:

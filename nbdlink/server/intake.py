@@ -113,6 +113,8 @@ class Intake:
             if (stop := payload + count) > end:
                 self.fill(inbox[end:stop])
                 end = stop
+            if self._session.superseded:
+                raise HungUpError
             left -= count
             try:
                 storage.write(inbox[payload:stop], offset, fua)
@@ -149,7 +151,7 @@ class Intake:
                 count = os.splice(source, inlet, min(left, _PIPE))
             except BlockingIOError:
                 continue
-            if not count:
+            if not count or self._session.superseded:
                 raise HungUpError
             left -= count
             while count:

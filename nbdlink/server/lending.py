@@ -43,6 +43,7 @@ class Lending:
     Attributes:
         parts: headers and pages, by turns, that wait to be sent.
         reads: what they are the replies to, one for each pair.
+        plain: where the storage lies; another one once it has grown.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Lending:
         self.parts: list[Part] = []
         self.reads: list[Read | tuple[int, int, int]] = []
         self._storage = storage
-        self._plain = plain
+        self.plain = plain
         self._form = form
         self._outlet = outlet
         self._workers = workers
@@ -93,7 +94,7 @@ class Lending:
         Raises:
             OSError: the connection broke.
         """
-        _, _, in_memory, mapping = self._plain
+        _, _, in_memory, mapping = self.plain
         if not in_memory and not (mapping.nowait and mapping.is_cached(offset, length, tick)):
             return -1
         if self._storage.is_sparse:
@@ -121,7 +122,7 @@ class Lending:
 
     def _answer_with_copy(self, cookie: int, offset: int, length: int) -> int:
         assert self._copy is not None
-        head, fd, start = self._form.data.size, self._plain.fd, self._plain.start
+        head, fd, start = self._form.data.size, self.plain.fd, self.plain.start
         reply = self._copy[: head + min(length, COPIED)]
         if not _fills(fd, reply[head:], start + offset):
             return -1

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
+from nbdlink.protocol.claim import Claim, Testimony
 from nbdlink.protocol.constants import (
     MAX_OPTION_DATA,
     MAX_OPTION_REPLIES,
@@ -45,6 +46,7 @@ from nbdlink.protocol.messages import (
 )
 from nbdlink.protocol.transmission import RequestRules
 from nbdlink.server.export import Catalogue, Export
+from nbdlink.server.fencing import Admit, Refusal
 from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Session
 from nbdlink.transport import stream
@@ -93,6 +95,7 @@ class Negotiation:
         is_closing: Callable[[], bool] = lambda: False,
         security: ServerSecurity | None = None,
         machine: Handshake | None = None,
+        admit: Admit | None = None,
     ) -> None:
         """Begin a handshake.
 
@@ -103,6 +106,8 @@ class Negotiation:
             security: whether there is TLS, and for whom; None for none.
             machine: where another negotiation has come to when TLS was about to begin, which
                 forgets all else.
+            admit: called when a client that claimed a channel of an export chooses that one,
+                and may wait; None if claims are not listened to.
         """
         self._machine = machine or Handshake(Role.SERVER)
         self._catalogue = catalogue
@@ -116,6 +121,10 @@ class Negotiation:
         # What was selected last: contexts by id, and the export that they were selected for.
         self._contexts: dict[int, str] = {}
         self._contexts_of = ""
+        self._admit = admit
+        # What was claimed last, and of which export.
+        self._claim: Claim | None = None
+        self._claim_of = ""
 
     def greeting(self) -> bytes:
         """Give the server's first words."""
@@ -176,6 +185,7 @@ class Negotiation:
         self._machine.tls_started()
         self._has_tls, self._peer = True, peer
         self._contexts, self._contexts_of = {}, ""
+        self._claim = None
         self.denial = None
 
     @property
@@ -208,6 +218,9 @@ class Negotiation:
             raise RemoteProtocolError(f"there is no export {_short(name)}")
         if denial := self._denial(export):
             raise RemoteProtocolError(denial[1])
+        if refusal := self._refusal(export):
+            raise RemoteProtocolError(refusal.words)
+        export.storage.notice_growth()
         self.export = export
         return self._machine.send(ExportNameAnswer(export.size, self._flags(export)))
 
@@ -271,6 +284,11 @@ class Negotiation:
         if denial := self._denial(export):
             self.denial = denial[1]
             return [_refusal(request, *denial)]
+        if request.option == Option.GO and (refusal := self._refusal(export)):
+            # Clients come again after the one, and not after the other.
+            kind = OptionReply.ERR_SHUTDOWN if refusal.is_passing else OptionReply.ERR_POLICY
+            return [_refusal(request, kind, refusal.words)]
+        export.storage.notice_growth()
         information = [ExportInfo(export.size, self._flags(export)).pack()]
         if InfoType.NAME in asked.requests:
             information.append(NameInfo(export.name).pack())
@@ -312,6 +330,14 @@ class Negotiation:
             if ":" not in query:
                 words = f"the query {_short(query)} names no namespace"
                 return [_refusal(request, OptionReply.ERR_INVALID, words)]
+        if not selecting and (testimony := self._testimony(export, asked.queries)):
+            return [
+                *(
+                    Reply(request.option, OptionReply.META_CONTEXT, MetaContext(0, name).pack())
+                    for name in testimony.contexts
+                ),
+                Reply(request.option, OptionReply.ACK),
+            ]
         found = {
             number: name
             for number, name in enumerate(export.storage.contexts, 1)
@@ -330,6 +356,26 @@ class Negotiation:
             for number, name in found.items()
         ]
         return [*replies, Reply(request.option, OptionReply.ACK)]
+
+    # Channels.
+
+    def _testimony(self, export: Export, queries: tuple[str, ...]) -> Testimony | None:
+        """Hear a claim, and give what is said to it; None if it is none."""
+        if self._admit is None or len(queries) != 1:
+            return None
+        try:
+            self._claim = Claim.parse(queries[0])
+        except ValueError:
+            return None
+        self._claim_of = export.name
+        return Testimony(fences=True, signature=export.signature)
+
+    def _refusal(self, export: Export) -> Refusal | None:
+        """Say why a client that chooses an export cannot have the channel that it has claimed."""
+        if self._claim is None or self._claim_of != export.name:
+            return None
+        assert self._admit is not None
+        return self._admit(export.name, self._claim)
 
     # Who may do what.
 

@@ -7,7 +7,8 @@ together with what was agreed on. There `Transmission` runs as it would here. Wi
 there when TLS is about to begin, which is when all that was agreed on is forgotten anyway, and
 the rest of the negotiation takes place there: what OpenSSL has begun cannot be moved. The client's
 thread in the first process waits for the outcome meanwhile, so nothing else needs to know:
-limits, the graceful end, the log and `Session.cut` (both have the same socket) work alike.
+limits, the graceful end, the log, the fences and `Session.cut` (both have the same socket) work
+alike. Who claims a channel over TLS is admitted by that thread too, which it is asked for.
 
 All processes share the open file, hence the page cache, and one fdatasync covers them all.
 Only storages that keep nothing else in memory may be served so (`Storage.may_fork`).
@@ -40,10 +41,12 @@ from nbdlink.errors import (
     TLSError,
     TransportError,
 )
+from nbdlink.protocol.claim import Claim
 from nbdlink.protocol.constants import HeaderStyle
 from nbdlink.protocol.handshake import Handshake
 from nbdlink.server.engine import Transmission
 from nbdlink.server.export import Catalogue
+from nbdlink.server.fencing import Admit, Refusal
 from nbdlink.server.negotiate import NegotiatedSession, Negotiation, negotiate
 from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Phase, Session
@@ -53,18 +56,34 @@ _log = logging.getLogger("nbdlink.server")
 
 _MESSAGE: Final = 1 << 18
 """Bytes of the longest message: what a client has sent behind its handshake, at most."""
+_REPORT: Final = -1
+"""Stands for a session's number in what a process tells of all its sessions."""
+_REPORT_SECONDS: Final = 0.5
+"""A process that has not told by then is busy, and what it told last has to do."""
 _GOODBYE: Final = 1.0
 """Seconds that a process has to end by itself."""
 
 
+Progress = tuple[int, int, int, int]
+"""Of one session: requests, bytes read, bytes written, errors."""
+
+
 class _Child:
-    """One process, seen from the first one."""
+    """One process, seen from the first one.
+
+    Attributes:
+        sessions: who waits for the outcome of a session, by its number.
+        progress: what the process told last of each session.
+        reports: how many times it has told.
+    """
 
     def __init__(self, pid: int, control: socket.socket) -> None:
         self.pid = pid
         self.control = control
         self.sessions: dict[int, queue.SimpleQueue[tuple[Any, ...]]] = {}
         self.alive = True
+        self.progress: dict[int, Progress] = {}
+        self.reports = 0
 
 
 class Processes:
@@ -80,8 +99,33 @@ class Processes:
         self._children: list[_Child] = []
         self._here: set[int] = set()  # numbers of the sessions that this process serves
         self._lock = threading.Lock()
+        self._reported = threading.Condition()
 
     # In the first process.
+
+    @property
+    def alive(self) -> int:
+        """How many there are."""
+        return sum(child.alive for child in self._children)
+
+    def progress(self) -> dict[int, Progress]:
+        """Ask what the sessions of all processes have done so far; give it by their numbers.
+
+        What is not told in time is as it was told last.
+        """
+        children = [child for child in self._children if child.alive]
+        with self._reported:
+            before = [child.reports for child in children]
+            for child in children:
+                self._tell(child, "report", _REPORT)
+            self._reported.wait_for(
+                lambda: all(
+                    child.reports > count or not child.alive
+                    for child, count in zip(children, before, strict=True)
+                ),
+                _REPORT_SECONDS,
+            )
+            return {number: each for child in children for number, each in child.progress.items()}
 
     def start(self, begin: Callable[[], None]) -> None:
         """Fork. No other thread may exist.
@@ -146,6 +190,7 @@ class Processes:
         machine: Handshake,
         seconds: float | None,
         begun: Callable[[str], None],
+        admit: Admit,
     ) -> str | None:
         """Have the process with the fewest clients begin TLS with one, and serve it.
 
@@ -156,6 +201,7 @@ class Processes:
             machine: its handshake, in which TLS is next.
             seconds: what is left of the time for that.
             begun: called with the export's name once the client has chosen one.
+            admit: called if the client claims a channel.
 
         Returns:
             The words for how it left, none if it chose no export; None if it has to be served
@@ -171,7 +217,7 @@ class Processes:
         child = self._choose(session)
         if child is None:
             return None
-        return self._serve_there(child, session, "secure", (machine, seconds), begun)
+        return self._serve_there(child, session, "secure", (machine, seconds), begun, admit)
 
     def forget(self, session: Session) -> None:
         """Take note that a client has gone."""
@@ -196,6 +242,7 @@ class Processes:
         command: str,
         task: tuple[Any, ...],
         begun: Callable[[str], None] = lambda _: None,
+        admit: Admit = lambda _, __: None,
     ) -> str:
         outcome: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         with self._lock:
@@ -206,12 +253,20 @@ class Processes:
                 socket.send_fds(child.control, [message], [session.sock.fileno()])
             except OSError:
                 raise NBDError(f"process {child.pid} has died") from None
+            session.superseded_elsewhere = lambda: self._tell(child, "supersede", session.number)
             session.elsewhere = lambda: self._end(child)
-            # It may have come in between. A handshake that is broken off ends alone.
+            # They may have come in between. A handshake that is broken off ends alone.
+            if session.superseded:
+                session.superseded_elsewhere()
             if session.ending and session.phase is Phase.TRANSMISSION:
                 session.elsewhere()
-            while (said := outcome.get())[0] == "begun":
-                begun(said[1])
+            while (said := outcome.get())[0] in ("begun", "claims"):
+                if said[0] == "begun":
+                    begun(said[1])
+                else:
+                    answer = pickle.dumps(("admitted", session.number, admit(*said[1:])))
+                    with contextlib.suppress(OSError):  # it has died, which is heard next
+                        child.control.send(answer)
             kind, session.progress, errors, session.is_deaf, *rest = said
             session.count(errors=errors)
             return _unfold(kind, rest)
@@ -233,22 +288,33 @@ class Processes:
     def _end(self, child: _Child) -> None:
         """Tell a process, once, that all its sessions are to end: that is the only reason."""
         # One that does not listen will be cut off when the grace is over.
+        self._tell(child, "end", 0)
+
+    def _tell(self, child: _Child, command: str, number: int) -> None:
+        """Tell a process something, unless it does not listen. Waits for nothing."""
         with contextlib.suppress(OSError):
-            child.control.send(pickle.dumps(("end", 0)), socket.MSG_DONTWAIT)
+            child.control.send(pickle.dumps((command, number)), socket.MSG_DONTWAIT)
 
     def _listen(self, child: _Child) -> None:
         """Hand outcomes to the threads that wait for them."""
         with contextlib.suppress(OSError):
             while message := child.control.recv(_MESSAGE):
                 number, *outcome = pickle.loads(message)
+                if number == _REPORT:
+                    with self._reported:
+                        child.progress = outcome[0]
+                        child.reports += 1
+                        self._reported.notify_all()
+                    continue
                 with self._lock:
                     waiting = child.sessions.get(number)
                 if waiting:
                     waiting.put(tuple(outcome))
         with self._lock:
             child.alive = False
-            for waiting in child.sessions.values():
-                waiting.put(("died", (0, 0, 0), 0, False, child.pid))
+            for session, waiting in child.sessions.items():
+                *progress, errors = child.progress.get(session, (0, 0, 0, 0))
+                waiting.put(("died", tuple(progress), errors, False, child.pid))
 
     def close(self, *, kill: bool) -> None:
         """End the processes, which have no clients any more, or shall not have them."""
@@ -288,6 +354,7 @@ class _Server:
         self._control = control
         self._closing = False
         self._sessions: dict[int, Session] = {}
+        self._answers: dict[int, queue.SimpleQueue[Refusal | None]] = {}
         self._lock = threading.Lock()
 
     def run(self, begin: Callable[[], None]) -> NoReturn:
@@ -308,6 +375,12 @@ class _Server:
                     self._end()
                 elif command == "reload":
                     self._reload()
+                elif command == "supersede":
+                    self._supersede(number)
+                elif command == "report":
+                    self._report()
+                elif command == "admitted":
+                    self._answers.pop(number).put(task[0])
                 elif descriptors and command == "secure":
                     self._secure(number, descriptors[0], *task)
                 elif descriptors:
@@ -328,6 +401,22 @@ class _Server:
             for session in self._sessions.values():
                 if session.phase is Phase.TRANSMISSION:
                     session.end()
+
+    def _report(self) -> None:
+        with self._lock:
+            infos = [session.info() for session in self._sessions.values()]
+        progress = {
+            info.number: (info.requests, info.bytes_read, info.bytes_written, info.errors)
+            for info in infos
+        }
+        # Nobody is there to read it, or there are more sessions than fit into a message.
+        with contextlib.suppress(OSError):
+            self._control.send(pickle.dumps((_REPORT, progress)))
+
+    def _supersede(self, number: int) -> None:
+        with self._lock:
+            if session := self._sessions.get(number):
+                session.supersede()
 
     def _reload(self) -> None:
         # The files may have changed since the first process read them.
@@ -357,7 +446,16 @@ class _Server:
 
     def _secure(self, number: int, fd: int, machine: Handshake, seconds: float | None) -> None:
         session = Session(number, socket.socket(fileno=fd))
-        negotiation = Negotiation(self._catalogue, lambda: self._closing, self._security, machine)
+
+        def admit(export: str, claim: Claim) -> Refusal | None:
+            # The first process waits, as long as there is time: it has the same deadline.
+            answer = self._answers[number] = queue.SimpleQueue()
+            self._control.send(pickle.dumps((number, "claims", export, claim)))
+            return answer.get()
+
+        negotiation = Negotiation(
+            self._catalogue, lambda: self._closing, self._security, machine, admit
+        )
         deadline = Deadline(None if seconds is None else math.ceil(seconds))
 
         def serve() -> str:

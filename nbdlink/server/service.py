@@ -30,12 +30,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
+from nbdlink.protocol.claim import Claim
 from nbdlink.protocol.handshake import Handshake
 from nbdlink.server import negotiate
+from nbdlink.server.engine import DISCONNECTED
 from nbdlink.server.export import Catalogue, Export
+from nbdlink.server.fencing import Fences, Refusal
+from nbdlink.server.notices import Notices
 from nbdlink.server.processes import Processes
 from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Phase, Session, Sessions, most_connections
@@ -44,6 +48,9 @@ from nbdlink.storage.raw import RawStorage
 from nbdlink.transport import stream
 from nbdlink.transport.stream import Deadline
 from nbdlink.uri import Target
+
+if TYPE_CHECKING:
+    from nbdlink.transport.exposition import Family
 
 _log = logging.getLogger("nbdlink.server")
 
@@ -88,6 +95,7 @@ class Service:
         processes: int = 0,
         on_fork: Callable[[], None] = lambda: None,
         security: ServerSecurity | None = None,
+        notices: Notices | None = None,
     ) -> None:
         """Prepare a service; nothing is accepted before it starts.
 
@@ -107,11 +115,14 @@ class Service:
                 the service starts, which must be done before there are threads.
             on_fork: called in each of them first.
             security: whether there is TLS, and for whom; None for none.
+            notices: who is to be told of a restart; None for nobody.
         """
         self.catalogue = catalogue
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
         self.addresses = [_address(sock) for sock in listeners]
         self._processes = Processes(processes, catalogue, security)
+        self._fences = Fences()
+        self._notices = notices
         self._on_fork = on_fork
         self._security = security
         self._listeners = list(listeners)
@@ -144,6 +155,8 @@ class Service:
         self._processes.start(self._begin_process)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread.start()
+        if self._notices:
+            self._notices.start()
 
     def stop(self) -> None:
         """Begin to stop gracefully; `join` waits for the end. Calling it again does nothing."""
@@ -244,6 +257,13 @@ class Service:
             self._processes.reload()
             _log.warning("the credentials have been loaded anew")
 
+    def metrics(self) -> list[Family]:
+        """Give what there is to count, for Prometheus; in any thread."""
+        from nbdlink.server.metrics import families
+
+        progress = self._processes.progress()  # first: what ends meanwhile is in the books
+        return families(self.catalogue, self.sessions.books(), progress, self._processes.alive)
+
     def uri(self, export: str = "") -> str:
         """Give the URI of an export at the first address, for a client on this machine."""
         address = self.addresses[0]
@@ -329,6 +349,7 @@ class Service:
             self._grace_ends = time.monotonic() + self._grace
             self.sessions.end()
             self._processes.end()
+            self._fences.close()
             self._on_stopping()
 
     def _make_room(self, newcomer: Session) -> None:
@@ -413,11 +434,43 @@ class Service:
             session.sock.close()
 
     def _converse(self, session: Session) -> None:
+        how = None
+        try:
+            how = self._negotiate_and_serve(session)
+        except (RemoteProtocolError, TLSError):
+            session.refused = session.phase is Phase.HANDSHAKE
+            raise
+        finally:
+            # Nothing of it can reach the storage any more.
+            self._fences.release(session)
+            if self._notices:
+                self._notices.left(session, properly=how == DISCONNECTED)
+        if not how:
+            _log.debug("%s: left without choosing an export", session.peer)
+            return
+        _log.info("%s: %s after %d requests", session.peer, how, session.progress[0])
+        if session.ending:
+            session.take_leave()
+
+    def _negotiate_and_serve(self, session: Session) -> str | None:
+        """Give the words for how the client left; none if it chose no export."""
         assert isinstance(session.sock, socket.socket)
         stream.tune(session.sock)
         deadline = Deadline(self._negotiation_timeout)
-        negotiation = negotiate.Negotiation(self.catalogue, lambda: self._stopping, self._security)
         how: str | None = None
+
+        def admit(export: str, claim: Claim) -> Refusal | None:
+            left = 0.0
+            with contextlib.suppress(TimeoutError):
+                left = deadline.left() or 0.0
+            refusal = self._fences.admit(session, export, claim, left)
+            if self._notices and refusal is None:
+                self._notices.arrived(session, claim)
+            return refusal
+
+        negotiation = negotiate.Negotiation(
+            self.catalogue, lambda: self._stopping, self._security, admit=admit
+        )
 
         def move(machine: Handshake) -> bool:
             nonlocal how
@@ -426,19 +479,14 @@ class Service:
             except TimeoutError:
                 return False  # which is found out and told there
             begun = functools.partial(self._begin_transmission, session)
-            how = self._processes.secure(session, machine, left, begun)
+            how = self._processes.secure(session, machine, left, begun, admit)
             return how is not None
 
         negotiated = negotiate.negotiate(session, negotiation, deadline, move)
         if negotiated is not None:
             self._begin_transmission(session, negotiated.export.name)
             how = self._processes.serve(session, negotiated)
-        if not how:
-            _log.debug("%s: left without choosing an export", session.peer)
-            return
-        _log.info("%s: %s after %d requests", session.peer, how, session.progress[0])
-        if session.ending:
-            session.take_leave()
+        return how
 
     def _begin_transmission(self, session: Session, export: str) -> None:
         self.sessions.begin_transmission(session, export)
@@ -477,6 +525,8 @@ class Service:
             self._processes.close(kill=self._aborting or len(self.sessions) > 0)
         finally:
             self._close_storages(in_use=len(self.sessions) > 0)
+            if self._notices:
+                self._notices.close()
 
     def _close_storages(self, *, in_use: bool) -> None:
         for storage in self.catalogue.storages:

@@ -13,7 +13,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -62,6 +62,46 @@ class SessionInfo:
     bytes_written: int
 
 
+@dataclass(slots=True)
+class Tally:
+    """What the clients of an export have done that have left.
+
+    Attributes:
+        connections: how many have come to transmission, those that are still here included.
+        requests, errors, bytes_read, bytes_written: as in `SessionInfo`.
+    """
+
+    connections: int = 0
+    requests: int = 0
+    errors: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+    def add(self, info: SessionInfo) -> None:
+        """Add what one client has done."""
+        self.requests += info.requests
+        self.errors += info.errors
+        self.bytes_read += info.bytes_read
+        self.bytes_written += info.bytes_written
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What all clients have done until one moment.
+
+    Attributes:
+        tallies: by export, what those have done that have left.
+        sessions: what those have done so far that are here, handshakes included.
+        left: how many have gone without having chosen an export.
+        refused: how many of them were hung up on for what they sent, or for want of TLS.
+    """
+
+    tallies: dict[str, Tally]
+    sessions: list[SessionInfo]
+    left: int
+    refused: int
+
+
 class Session:
     """One client's connection.
 
@@ -69,11 +109,16 @@ class Session:
         progress: requests, bytes read and bytes written by the engine's loop, which alone sets
             them, all at once. What is done elsewhere is told by `count`.
         sock: the connection; with TLS, what is put on the socket.
+        address: the client's IP address, for machines, or None.
         phase: how far the client has come.
         idle: whether nothing would be lost if the client were not heard any more.
         ending: whether it shall not be heard any more once it is idle.
         is_deaf: whether `recv` gives the end of the stream though the client may go on.
         elsewhere: tells another process that the session is to end, if that one serves it.
+        superseded: whether a newer connection takes its place, so that nothing which has not
+            begun may be done any more.
+        superseded_elsewhere: tells that to another process, if that one serves the session.
+        refused: whether it was hung up on in its handshake.
     """
 
     def __init__(self, number: int, sock: socket.socket) -> None:
@@ -81,6 +126,7 @@ class Session:
         self.number = number
         self.sock: Wire = sock
         self.peer = describe_peer(sock)
+        self.address = _address(sock)
         self.export: str | None = None
         self.phase = Phase.HANDSHAKE
         self.started = time.time()
@@ -90,7 +136,10 @@ class Session:
         self.idle = True
         self.ending = False
         self.elsewhere: Callable[[], None] | None = None
+        self.superseded = False
+        self.superseded_elsewhere: Callable[[], None] | None = None
         self.is_deaf = False
+        self.refused = False
         self._was_cut = False
         self.thread: threading.Thread | None = None
 
@@ -145,6 +194,17 @@ class Session:
         """Break the connection, whatever it is doing."""
         self._was_cut = True
         self._shutdown(socket.SHUT_RDWR)
+
+    def supersede(self) -> None:
+        """Break the connection, and have what it has asked for and has not begun dropped.
+
+        The mark only makes it end sooner: without it the connection would end at the first
+        reply that cannot be sent.
+        """
+        self.superseded = True
+        self.cut()
+        if self.superseded_elsewhere:
+            self.superseded_elsewhere()
 
     def take_leave(self) -> None:
         """Say that nothing more comes, and let the client take what has been sent.
@@ -223,6 +283,8 @@ class Sessions:
         self._on_removed = on_removed
         self._number = 0
         self._active: dict[int, Session] = {}
+        self._tallies: dict[str, Tally] = {}
+        self._left = self._refused = 0
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -253,13 +315,19 @@ class Sessions:
         with self._changed:
             session.export = export
             session.phase = Phase.TRANSMISSION
+            self._tallies.setdefault(export, Tally()).connections += 1
             if self.ending:
                 session.end()
 
     def remove(self, session: Session) -> None:
         """Take note that a client has gone; its socket may be closed only after that."""
         with self._changed:
-            self._active.pop(session.number, None)
+            if self._active.pop(session.number, None) is not None:
+                if session.export is not None:
+                    self._tallies[session.export].add(session.info())
+                else:
+                    self._left += 1
+                    self._refused += session.refused
             self._changed.notify_all()
         self._on_removed()
 
@@ -283,6 +351,13 @@ class Sessions:
         """Give what is known of each session, oldest first."""
         with self._changed:
             return [session.info() for session in self._active.values()]
+
+    def books(self) -> Books:
+        """Give what has been done by everybody."""
+        with self._changed:
+            tallies = {export: replace(tally) for export, tally in self._tallies.items()}
+            here = [session.info() for session in self._active.values()]
+            return Books(tallies, here, self._left, self._refused)
 
     def threads(self) -> list[threading.Thread]:
         """Give the threads of all sessions."""
@@ -339,6 +414,17 @@ def describe_peer(sock: socket.socket) -> str:
     except OSError:  # gone already
         return "a client"
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _address(sock: socket.socket) -> str | None:
+    """Give the client's IP address, with its zone if it has one; None behind Unix sockets."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    try:
+        host, _, *more = sock.getpeername()
+    except OSError:  # gone already
+        return None
+    return f"{host}%{more[1]}" if more and more[1] else str(host)
 
 
 def most_connections() -> int:

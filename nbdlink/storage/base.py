@@ -1,6 +1,6 @@
 """What the server asks of a storage, whatever lies behind it.
 
-A storage is an array of bytes with a fixed size. One object serves every connection of an
+A storage is an array of bytes that never shrinks. One object serves every connection of an
 export at once, so every method may be called by many threads at the same time. Requests that
 overlap in time have no order among each other, as on a disk.
 
@@ -47,7 +47,7 @@ class Storage(abc.ABC):
 
     Attributes:
         name: for messages: a path, or another word a person knows it by.
-        size: bytes.
+        size: bytes; it may grow, see `notice_growth`.
         read_only: whether writing is impossible.
         minimum_block: alignment in bytes that requests must have; a power of two.
         preferred_block: alignment in bytes at which requests are efficient; a power of two.
@@ -163,6 +163,22 @@ class Storage(abc.ABC):
         call fails or falls short it asks those again, so only they need to know the reasons.
         """
         return None
+
+    @property
+    def signature(self) -> str | None:
+        """What tells this storage from another under the same name, or None.
+
+        It stays what it is for as long as the storage holds the same data, whatever restarts
+        meanwhile; it begins with `auto:`.
+        """
+        return None
+
+    def notice_growth(self) -> None:  # noqa: B027 - most storages cannot grow
+        """Look whether the storage has become larger; then `size` and `plain_file` change.
+
+        They do together: who takes `size` first and `plain_file` afterwards has the whole of it.
+        Nothing is ever made of a storage that has become smaller.
+        """
 
     @abc.abstractmethod
     def flush(self) -> None:

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
@@ -27,6 +28,7 @@ from nbdlink.storage.fallocate import (
     ZERO_RANGE,
     fallocate,
 )
+from nbdlink.storage.fingerprint import fingerprint
 from nbdlink.storage.mapping import FileMapping, is_in_memory
 
 _HOLE: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
@@ -56,9 +58,27 @@ class RawStorage(Storage):
     may_fork = True
 
     def __init__(
-        self, path: Path, fd: int, *, start: int, size: int, read_only: bool, device: bool
+        self,
+        path: Path,
+        fd: int,
+        *,
+        start: int,
+        size: int,
+        read_only: bool,
+        device: bool,
+        may_grow: bool = False,
     ) -> None:
-        """Take over an open file; see `open`."""
+        """Take over an open file; see `open`.
+
+        Args:
+            path: where it was found.
+            fd: the file.
+            start: bytes of it to leave out at the front.
+            size: bytes to serve.
+            read_only: whether it was opened for reading only.
+            device: whether it is a block device.
+            may_grow: whether all is to be served that it will ever have behind `start`.
+        """
         self.path = path
         self.name = str(path)
         self.start = start
@@ -66,7 +86,12 @@ class RawStorage(Storage):
         self.read_only = read_only
         self._fd = fd
         self._device = device
+        self._may_grow = may_grow
+        self._growing = threading.Lock()
         self._align = 1
+        self._signature: str | None = None
+        if not device and (mark := fingerprint(fd, start)):
+            self._signature = f"auto:{mark}"
         # Shared by all processes that are forked from here: what must be known to each.
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
         self._unsupported: set[int] = set()
@@ -102,7 +127,7 @@ class RawStorage(Storage):
         Args:
             path: of a regular file or block device.
             offset: bytes to leave out at the front.
-            size: bytes to serve, or None for all that follow `offset`.
+            size: bytes to serve, or None for all that follow `offset`, now and once it grows.
             read_only: whether to open it for reading only.
 
         Raises:
@@ -138,8 +163,48 @@ class RawStorage(Storage):
             )
         whole = blockdev.size(fd) if device else status.st_size
         sector = blockdev.sector_sizes(fd)[0] if device else 1
-        size = _window(path, whole, offset, size, sector)
-        return cls(path, fd, start=offset, size=size, read_only=read_only, device=device)
+        return cls(
+            path,
+            fd,
+            start=offset,
+            size=_window(path, whole, offset, size, sector),
+            read_only=read_only,
+            device=device,
+            may_grow=size is None,
+        )
+
+    @property
+    def signature(self) -> str | None:
+        """A word for the file; none for devices."""
+        return self._signature
+
+    # Growth.
+
+    def notice_growth(self) -> None:
+        """Look at the file's size.
+
+        The range gets a new `FileMapping`: who goes on with the old one finds in it all that
+        the old size covers.
+        """
+        if not self._may_grow:
+            return
+        try:
+            if self._device:
+                # Whoever is in the middle of reading or writing gives positions.
+                whole, has_holes = blockdev.size(self._fd), False
+            else:
+                status = os.fstat(self._fd)
+                whole, has_holes = status.st_size, status.st_blocks * 512 < status.st_size
+        except OSError:  # the device has gone: requests will tell
+            return
+        if whole - self.start <= self.size:
+            return
+        with self._growing:
+            size = min(whole - self.start, MAX_EXPORT_SIZE) // self._align * self._align
+            if size > self.size:
+                self.is_sparse = self.is_sparse or has_holes
+                self._mapping = FileMapping(self._fd, self.start, size)
+                self.size = size
 
     # Reading and writing.
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from nbdlink.client.negotiate import Negotiation
 from nbdlink.errors import LocalProtocolError
 from nbdlink.uri import Target
 
+from ..server.fakes import RawClient
+from ..server.gated import claim, introduced
 from .programs import end, run, serving
 
 SIZE = 1 << 20
@@ -67,6 +70,61 @@ def test_a_window_of_a_file_is_served(image, tmp_path):
         nbdlink.connect(line.split(" is ")[0]) as nbd,
     ):
         assert nbd.pread(nbd.size, 0) == image.read_bytes()[4096 : 4096 + 8192]
+
+
+def _signature(uri, name=""):
+    """Give what the server says to a claim."""
+    service = types.SimpleNamespace(addresses=[Target.parse(uri).socket])
+    with RawClient(service, handshake=False) as client:
+        _, signature = claim(introduced(client), 0, name=name.encode())
+    return signature.removeprefix("x-nbdlink:signature=")
+
+
+def test_a_signature_is_told(image, tmp_path):
+    with serving("-k", tmp_path / "socket", "--signature", "a=b c", image) as (_, (line,)):
+        assert _signature(line.split(" is ")[0]) == "a=b c"
+
+
+def test_each_of_several_exports_has_its_own_signature(image, tmp_path):
+    words = ["--signature", "one=1", "--signature", "two=2"]
+    with serving(
+        "-k", tmp_path / "socket", *words, *(f"{n}={image}" for n in ("one", "two")), lines=2
+    ) as (_, (line, _)):
+        uri = line.split(" is ")[0]
+        assert (_signature(uri, "one"), _signature(uri, "two")) == ("1", "2")
+
+
+def test_a_file_keeps_its_own_signature_across_restarts(image, tmp_path):
+    seen = set()
+    for _ in range(2):
+        with serving("-k", tmp_path / "socket", image) as (_, (line,)):
+            seen.add(_signature(line.split(" is ")[0]))
+    assert len(seen) == 1
+    assert seen.pop().startswith("auto:")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--signature", ""], "its signature has 0 characters"),
+        (["--signature", "a" * 201], "its signature has 201 characters"),
+        (["--signature", "\t"], "not printable ASCII"),
+        (["--signature", "auto:x"], "begins with 'auto:'"),
+        (["--signature", "a", "--signature", "b"], "two signatures for the export ''"),
+    ],
+)
+def test_a_signature_of_no_use_is_refused(image, words, said):
+    done = run(sys.executable, "-m", "nbdlink", "serve", *words, image)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_several_exports_cannot_share_a_signature(image):
+    done = run(
+        sys.executable, "-m", "nbdlink", "serve", "--signature", "x=1", f"a={image}", f"b={image}"
+    )
+    assert done.returncode == 2
+    assert "--signature x=1 does not say which of the 2 exports it is for" in done.stderr
 
 
 def test_a_read_only_export_says_so(image, tmp_path):

@@ -10,7 +10,11 @@ EDGES = [
     SIZE - 1, SIZE, SIZE + 1, 2**25, 2**25 + 1, 2**26 + 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1,
 ]  # fmt: skip
 NAMES = [b"", b"", b"", b"other", b"nope", b"\xff", b"a\0b", b"x" * 5000]
-QUERIES = [b"base:allocation", b"base:", b"base:x", b"qemu:", b"no colon", b":", b"\xff:", b""]
+CLAIM = b"x-nbdlink:session=0123456789abcdef0123456789abcdef;channel=0;generation=7"
+QUERIES = [
+    b"base:allocation", b"base:", b"base:x", b"qemu:", b"no colon", b":", b"\xff:", b"",
+    CLAIM, CLAIM, CLAIM[:-1], b"x-nbdlink:fences",
+]  # fmt: skip
 
 
 def number(rng, bits=64):

@@ -101,7 +101,8 @@ def _serve(sock, catalogue, failures):
     """Do what a service does with a client; keep what it would have called a bug."""
     session = Session(1, sock)
     try:
-        negotiated = negotiate(session, Negotiation(catalogue), Deadline(PATIENCE))
+        negotiation = Negotiation(catalogue, admit=lambda export, claim: None)
+        negotiated = negotiate(session, negotiation, Deadline(PATIENCE))
         if negotiated is not None:
             Transmission(session, negotiated).run()
     except (RemoteProtocolError, TransportError, ConnectionError):

@@ -119,3 +119,22 @@ def test_two_exports_of_one_name(storage):
 def test_nothing_to_serve():
     with pytest.raises(ConfigError, match="nothing to serve"):
         Catalogue([])
+
+
+@pytest.mark.parametrize(
+    ("signature", "wrong"),
+    [
+        ("", "has 0 characters"),
+        ("a" * 201, "has 201 characters"),
+        ("caf\N{LATIN SMALL LETTER E WITH ACUTE}", "not printable ASCII"),
+        ("a\nb", "not printable ASCII"),
+        ("auto:1", "begins with 'auto:'"),
+    ],
+)
+def test_a_signature_that_cannot_be_told_is_refused(storage, signature, wrong):
+    with pytest.raises(ConfigError, match=wrong):
+        Export("", storage, given_signature=signature)
+
+
+def test_a_given_signature_goes_before_the_storage_s_own(storage):
+    assert Export("", storage, given_signature="a b").signature == "a b"

@@ -117,6 +117,15 @@ def test_what_has_arrived_is_answered_before_the_end(server, four):
     assert server.end()[0] == 0
 
 
+def test_all_processes_serve_what_the_storage_has_grown_by(server, four):
+    os.truncate(server.image, 2 << 20)
+    with server.client() as fifth:
+        for number, client in enumerate([*four, fifth]):
+            offset = (1 << 20) + 4096 * number
+            assert client.write(offset, b"grown") == 0
+        assert fifth.ask(READ, 1 << 20, 5) == (0, b"grown")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_for_the_first_process(server, four, number):
     for child in server.children:

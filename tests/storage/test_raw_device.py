@@ -101,3 +101,18 @@ def test_a_read_only_device_says_how_it_can_be_served(image):
         storage = RawStorage.open(path, read_only=True)
         assert read(storage) == image.read_bytes()
         storage.close()
+
+
+def test_a_device_that_grows_is_noticed(image):
+    with loop_device(image) as path:
+        storage = RawStorage.open(path)
+        os.truncate(image, 2 * SIZE)
+        subprocess.run(["losetup", "-c", path], check=True, timeout=30)
+        storage.notice_growth()
+        assert storage.size == 2 * SIZE
+        assert read(storage, SIZE) == bytes(SIZE)
+        storage.close()
+
+
+def test_a_device_has_no_signature(device):
+    assert device.signature is None
