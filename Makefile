@@ -7,6 +7,8 @@ PYTHON ?= $(firstword $(wildcard /usr/bin/python3) python3)
 # The kernel that `make demo` boots, and those that the kernel tests run under.
 KERNEL ?= 6.1
 KERNELS ?= 6.1 6.12
+# The one under which systemd is process 1.
+SYSTEMD_KERNEL ?= 6.12
 
 venv := .venv
 python := $(venv)/bin/python
@@ -14,7 +16,7 @@ sources := nbdlink tests $(wildcard bench)
 # pip shows a progress bar to a person, and nothing to a log.
 pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
 
-.PHONY: help demo test unit lint kernel-test bench bench-quick bench-attach bench-roads clean
+.PHONY: help demo test unit lint kernel-test systemd-test bench bench-quick bench-attach bench-roads clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -28,10 +30,11 @@ demo: ## serve a file and attach it as a block device, in a throw-away virtual m
 test: ## everything: unit and interop tests, linters, types, and the kernel tests in two kernels
 	@vagrant/provision.sh test || { [ $$? -eq 3 ] && [ -z "$$CI" ]; }
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
-	@$(python) -m tests.vm.suite --host $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
+	@$(python) -m tests.vm.suite --host $(KERNELS:%=--kernel %) --systemd $(SYSTEMD_KERNEL) \
+	    $(SUITE_OPTIONS)
 
 unit: $(venv)/.for-tests ## the tests that take no virtual machine
-	@$(python) -m pytest -m "not kernel"
+	@$(python) -m pytest -m "not kernel and not systemd"
 
 lint: $(venv)/.for-tests ## linters and types only
 	@$(python) -m pytest tests/test_lint.py
@@ -40,6 +43,11 @@ kernel-test: ## the kernel tests only, in a virtual machine per kernel
 	@vagrant/provision.sh test
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
+
+systemd-test: ## rules, units and power-off, in virtual machines with systemd
+	@vagrant/provision.sh test
+	@$(MAKE) --no-print-directory $(venv)/.for-tests
+	@$(python) -m tests.vm.suite --systemd $(SYSTEMD_KERNEL) $(SUITE_OPTIONS)
 
 # BENCH_OPTIONS: see `python -m bench.server --help`.
 bench: ## `nbdlink serve` beside other servers: half an hour on a quiet machine

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from nbdlink import kernel
+from nbdlink.errors import NBDError
 from nbdlink.kernel import module, sysfs, udev
-from nbdlink.link import record
+from nbdlink.link import installation, record
 
 Status = Literal["ok", "warning", "failed"]
 
@@ -53,6 +54,7 @@ def examine() -> Iterator[Finding]:
         yield _free_device()
         yield from _devices()
     yield _udev()
+    yield _rules_and_units()
     yield _records()
     yield _kernel_tls()
 
@@ -174,6 +176,28 @@ def _udev() -> Finding:
         "warning",
         "no udevd is to be heard",
         "none is needed for the devices; links in /dev/disk and rules need systemd-udevd",
+    )
+
+
+def _rules_and_units() -> Finding:
+    check = "rules and units"
+    has_systemd = Path("/run/systemd/system").is_dir()
+    if not (has_systemd or udev.runs()):
+        return Finding(check, "ok", "neither systemd nor udevd runs, so none are needed")
+    what = "udev rules and units" if has_systemd else "udev rules"
+    try:
+        lacking = installation.shortfalls(units=has_systemd)
+    except (NBDError, OSError) as error:
+        return Finding(check, "warning", str(error), getattr(error, "hint", None))
+    if not lacking:
+        return Finding(check, "ok", f"the {what} are those of this nbdlink")
+    more = f", and {len(lacking) - 1} more like it" if len(lacking) > 1 else ""
+    return Finding(
+        check,
+        "warning",
+        lacking[0] + more,
+        "as root: nbdlink setup; without them there is no /dev/disk/by-nbdlink, and links do not "
+        "come back at boot",
     )
 
 

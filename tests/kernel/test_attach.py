@@ -165,6 +165,11 @@ def test_the_holder_is_detached_from_the_session(attach):
     assert (os.getsid(pid), str(Path(f"/proc/{pid}/cwd").readlink())) == (pid, "/")
 
 
+def test_systemd_spares_the_holder_at_shutdown(attach):
+    device = attach(road="ioctl")
+    assert Path(f"/proc/{device.pid}/cmdline").read_bytes().startswith(b"@")
+
+
 def test_an_ioctl_device_ends_with_its_holder(attach):
     device = attach(road="ioctl")
     os.kill(kernel.status(device.index).pid, 9)

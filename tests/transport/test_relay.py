@@ -294,6 +294,10 @@ def test_it_ends_on_sigterm(relayed):
     assert received(relayed.kernel[0], 1) == b""
 
 
+def test_systemd_spares_it_at_shutdown(relayed):
+    assert Path(f"/proc/{relayed.pid}/cmdline").read_bytes().startswith(b"@")
+
+
 def test_it_is_the_last_that_is_killed_for_memory(relayed):
     try_it = "echo -1000 > /proc/self/oom_score_adj; cat /proc/self/oom_score_adj"
     allowed = subprocess.run(["sh", "-c", try_it], capture_output=True, check=True).stdout

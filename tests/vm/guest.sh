@@ -1,23 +1,10 @@
 #!/run/vm/busybox sh
-# Process 1 of the guest: bring up what programs expect, run the job, tell how it ended.
-#
-# Three virtio ports lead to the host: out and err carry the job's bytes as they are, ctl
-# carries lines to `boot`: "ready", "exit N", "fail TEXT".
+# Process 1 of the guest: bring up what programs expect, then go on as job.sh.
 
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 busybox() { /run/vm/busybox "$@"; }
 share=version=9p2000.L,trans=virtio,msize=512000
-for port in /sys/class/virtio-ports/*; do
-    case $(busybox cat "$port/name") in
-    out) out=/dev/${port##*/} ;;
-    err) err=/dev/${port##*/} ;;
-    ctl) ctl=/dev/${port##*/} ;;
-    esac
-done
-die() {
-    echo "fail cannot $*" >"$ctl"
-    busybox poweroff -n -f
-}
+. /run/vm/job/ports.sh
 
 busybox mkdir -p /dev/pts /dev/shm /run/lock /run/udev
 busybox mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
@@ -52,26 +39,4 @@ done </run/vm/job/rw
 busybox modprobe nbd || die load the module nbd
 udevadm settle || die wait for udevd
 
-# Pipes in between, as a port has one opener only, and programs may open /dev/stdout again.
-busybox mkfifo /run/vm/out /run/vm/err
-/usr/bin/cat /run/vm/out >"$out" &
-out_relay=$!
-/usr/bin/cat /run/vm/err >"$err" &
-err_relay=$!
-
-echo ready >"$ctl"
-busybox setsid /run/vm/job/command </dev/null >/run/vm/out 2>/run/vm/err
-status=$?
-
-# The relays end with the last writer. A daemon that the job left behind may be one: then what
-# the job wrote itself has long been passed on when the time is up.
-for _ in 1 2 3 4 5 6 7 8 9 10; do
-    busybox kill -0 $out_relay || busybox kill -0 $err_relay || break
-    busybox usleep 100000
-done 2>/dev/null
-# Not a plain sync: it would wait for a block device whose server is gone.
-while IFS= read -r directory; do
-    /usr/bin/timeout 30 sync -f "$directory"
-done </run/vm/job/rw
-echo "exit $status" >"$ctl"
-busybox poweroff -n -f
+exec /run/vm/job/job.sh

@@ -1,10 +1,13 @@
 """Run the tests: on this machine, and those marked `kernel` in a virtual machine per kernel.
 
-    python -m tests.vm.suite [--host] [--kernel SERIES ...] [-- PYTEST-ARGUMENT ...]
+    python -m tests.vm.suite [--host] [--kernel SERIES ...] [--systemd SERIES]
+        [-- PYTEST-ARGUMENT ...]
 
-Several kernels run side by side, as each guest keeps about one processor busy: the first one
-streams what pytest prints, the others show it when they are done. Each part leaves a JUnit file
-in the results folder.
+Those marked `systemd` run here and boot virtual machines themselves.
+
+The machines run side by side, as each keeps about one processor busy: the first one streams
+what pytest prints, the others show it when they are done. Each part leaves a JUnit file in the
+results folder.
 
 The last line counts all of them: "N passed, N failed, N skipped". A part that ended badly
 without a failed test (the machine died, no test ran) counts as one failure. A part that cannot
@@ -57,7 +60,7 @@ class Counts:
 def on_host(results: Path, arguments: Sequence[str]) -> Counts:
     """Run everything but the kernel tests on this machine."""
     report = _fresh(results / "host.xml")
-    command = [*_pytest(report, "not kernel", arguments)]
+    command = [*_pytest(report, "not kernel and not systemd", arguments)]
     return _judged("host", report, subprocess.run(command, stdin=subprocess.DEVNULL).returncode)
 
 
@@ -84,17 +87,26 @@ def in_guest(series: str, results: Path, arguments: Sequence[str]) -> Counts:
     return _judged(name, report, status)
 
 
+def with_systemd(series: str, results: Path, arguments: Sequence[str]) -> Counts:
+    """Run the tests that boot virtual machines with systemd."""
+    report = _fresh(results / "systemd.xml")
+    command = [*_pytest(report, "systemd", arguments), "tests/systemd"]
+    environment = {**os.environ, "NBDLINK_KERNEL": series}
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment)
+    return _judged("systemd", report, done.returncode)
+
+
 @dataclass(frozen=True, slots=True)
 class _Aside:
-    """A guest whose tests run in a process of their own, for this one to wait for."""
+    """Tests that run in a process of their own, for this one to wait for."""
 
-    series: str
+    name: str
     process: subprocess.Popen[bytes]
     log: Path
     closing_line: Path
 
     def counts(self) -> Counts:
-        with show.waiting(f"kernel {self.series} is still at it"):
+        with show.waiting(f"{self.name} is still at it"):
             self.process.wait()
         sys.stdout.flush()
         sys.stdout.buffer.write(self.log.read_bytes())
@@ -104,13 +116,13 @@ class _Aside:
 
 
 @contextlib.contextmanager
-def _aside(series: str, results: Path, arguments: Sequence[str]) -> Iterator[_Aside]:
+def _aside(kind: str, series: str, results: Path, arguments: Sequence[str]) -> Iterator[_Aside]:
     results.mkdir(parents=True, exist_ok=True)
-    closing_line = results / f"kernel-{series}.counts"
+    closing_line = results / f"{kind}-{series}.counts"
     closing_line.write_text("")
-    log = results / f"kernel-{series}.log"
+    log = results / f"{kind}-{series}.log"
     command = ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", __spec__.name]
-    command += ["--kernel", series, "--results", str(results), "--closing-line", str(closing_line)]
+    command += [f"--{kind}", series, "--results", str(results), "--closing-line", str(closing_line)]
     with (
         log.open("wb") as sink,
         subprocess.Popen(
@@ -118,7 +130,7 @@ def _aside(series: str, results: Path, arguments: Sequence[str]) -> Iterator[_As
         ) as process,
     ):
         try:
-            yield _Aside(series, process, log, closing_line)
+            yield _Aside(f"{kind} {series}", process, log, closing_line)
         finally:
             process.terminate()
 
@@ -181,32 +193,37 @@ def main() -> int:
     )
     parser.add_argument("--host", action="store_true", help="the tests that take no kernel of ours")
     parser.add_argument("--kernel", action="append", default=[], choices=kernels.META_PACKAGES)
+    parser.add_argument("--systemd", choices=kernels.META_PACKAGES)
     parser.add_argument("--results", type=Path, default=_RESULTS, help=f"default: {_RESULTS}")
     parser.add_argument("--closing-line", type=Path, help="write it to a file, do not print it")
     parser.add_argument("arguments", nargs="*", metavar="PYTEST-ARGUMENT")
     options = parser.parse_args()
-    if not (options.host or options.kernel):
-        parser.error("name a part: --host, --kernel")
+    if not (options.host or options.kernel or options.systemd):
+        parser.error("name a part: --host, --kernel, --systemd")
     parts: dict[str, Counts] = {}
 
     def run() -> int:
         if options.host:
             show.say("tests on this machine")
             parts["host"] = on_host(options.results, options.arguments)
-        if not options.kernel:
+        machines = [("kernel", series) for series in options.kernel]
+        if options.systemd:
+            machines.append(("systemd", options.systemd))
+        if not machines:
             return 0
-        show.say(f"tests under the kernels {', '.join(options.kernel)}")
-        first, *others = options.kernel
+        show.say(f"tests under {', '.join(' '.join(machine) for machine in machines)}")
+        (kind, series), *others = machines
         if others:
-            _prepare(options.kernel)
+            _prepare([series for _, series in machines])
         with contextlib.ExitStack() as stack:
             asides = [
-                stack.enter_context(_aside(series, options.results, options.arguments))
-                for series in others
+                stack.enter_context(_aside(*other, options.results, options.arguments))
+                for other in others
             ]
-            parts[f"kernel {first}"] = in_guest(first, options.results, options.arguments)
+            here = in_guest if kind == "kernel" else with_systemd
+            parts[f"{kind} {series}"] = here(series, options.results, options.arguments)
             for aside in asides:
-                parts[f"kernel {aside.series}"] = aside.counts()
+                parts[aside.name] = aside.counts()
         return 0
 
     status = program.reported(run)
