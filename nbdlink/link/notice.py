@@ -10,6 +10,7 @@ listened to.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import time
@@ -36,7 +37,7 @@ class Notices:
     """
 
     def __init__(self, port: int | None) -> None:
-        """Listen, on all addresses; a port that is taken is told and done without.
+        """Listen, on all addresses; for a port that is taken, as by another supervisor, any.
 
         Args:
             port: 0 for any that is free, None not to listen.
@@ -47,7 +48,12 @@ class Notices:
         if port is None:
             return
         try:
-            self._socket = _bound(port)
+            try:
+                self._socket = _bound(port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                self._socket = _bound(0)
         except OSError as error:
             _log.warning(
                 "servers that are back cannot tell it: UDP port %d: %s", port, error.strerror

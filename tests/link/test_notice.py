@@ -58,10 +58,9 @@ def test_a_flood_of_sessions_is_not_remembered_without_end(notices):
     assert len(notices._last) <= 1024
 
 
-def test_a_port_that_is_taken_is_done_without(notices, caplog):
+def test_for_a_port_that_is_taken_there_is_another(notices):
     with Notices(notices.port) as second:
-        assert (second.port, second.read()) == (None, set())
-    assert "address already in use" in caplog.text.lower()
+        assert second.port not in (None, notices.port)
 
 
 def test_nobody_has_to_listen():
