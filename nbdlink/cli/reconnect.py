@@ -35,7 +35,8 @@ def run_reconnect(arguments: argparse.Namespace) -> int:
 
     index = find(arguments.device)
     target = Target.parse(arguments.target) if arguments.target else None
-    renewal = renew(index, everything=True, target=target)
+    # A supervisor that tries to reach a server which does not answer takes up to 15 seconds.
+    renewal = renew(index, everything=True, target=target, wait=20.0)
     for route, error in renewal.failures:
         print(f"nbdlink: {route} was left out: {error}", file=sys.stderr)
     if arguments.json:

@@ -34,10 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
 
 
 def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise ValueError(text)
-    return number
+    if not (text.isascii() and text.isdigit()) or not int(text[:6]) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
 
 
 def run_supervise(arguments: argparse.Namespace) -> int:

@@ -153,11 +153,13 @@ def reconfigure(
     *,
     timeout: int | None = None,
     dead_timeout: int | None = None,
+    identifier: str | None = None,
 ) -> None:
     """Give a device new connections in place of dead ones, or other timeouts.
 
     A live connection is not replaced: the kernel drops the surplus socket without a word. Can
-    block in the kernel.
+    block in the kernel. With an `identifier`, the kernel refuses if the device has another one:
+    then it is not the use of it any more that was meant.
 
     Raises:
         KernelError: it is not attached over netlink; RightsError: as the name says.
@@ -170,7 +172,7 @@ def reconfigure(
         sockets=sockets,
         timeout=timeout,
         dead_timeout=dead_timeout,
-        identifier=sysfs.backend(index),
+        identifier=identifier or sysfs.backend(index),
     )
 
 

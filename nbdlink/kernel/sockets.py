@@ -35,6 +35,7 @@ _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 1, 4, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _ESTABLISHED: Final = 1
 _EVERY_STATE: Final = 0xFFF
+_NO_IPV6: Final = (FileNotFoundError,)
 _UDIAG_SHOW_NOTHING: Final = 0
 _UNIX_DIAG_SHUTDOWN: Final = 6
 
@@ -113,7 +114,9 @@ def _inet() -> Iterator[tuple[int, int, bytes, bool]]:
     """Give inode, family, identity and life of every TCP socket."""
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _INET_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _EVERY_STATE, bytes(48))
-        with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
+        # A kernel may be without IPv6. One that is without tcp_diag does not know either, and
+        # must not be believed to have no connection at all.
+        with contextlib.suppress(*_NO_IPV6 if family == socket.AF_INET6 else ()):
             for body in _dump(request):
                 fields = _INET_MESSAGE.unpack_from(body)
                 yield fields[9], fields[0], fields[4], fields[1] == _ESTABLISHED

@@ -21,10 +21,13 @@ from nbdlink.errors import (
     ConfigError,
     DeviceBusyError,
     DeviceInUseError,
+    ForeignExportError,
     KernelError,
     NBDError,
     RemoteProtocolError,
+    RightsError,
 )
+from nbdlink.kernel import sysfs
 from nbdlink.link import channel, record
 from nbdlink.link.record import Channel, Record, TLSRoad
 from nbdlink.link.spec import SECTOR, LinkSpec, Road, check, describe, differences
@@ -34,6 +37,8 @@ from nbdlink.transport.stream import Wire
 from nbdlink.uri import Target
 
 _LONGEST_IDENTIFIER = 512
+_PATIENCE = 20.0
+"""Seconds to wait for who is renewing the link: a supervisor's attempt takes up to 15."""
 
 
 def attach(
@@ -99,8 +104,7 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
         except NBDError as error:
             # The device is there and works; only its name and its target will not be known.
             _warn(str(error))
-        if spec.name:
-            record.unmark_detached(spec.name)
+        record.unmark_detached(spec.name or f"nbd{device.index}")
     if tail := export.size % binding.block_size:
         _warn(
             f"{device.path}: the export's last {tail} bytes do not fill a block; they are cut off"
@@ -112,18 +116,26 @@ def secure(spec: LinkSpec) -> tuple[LinkSpec, dict[Target, Security]]:
     """Find out what each route needs of TLS.
 
     Returns:
-        The specification with `nbds` in the routes that need it: the same link, however TLS was
-        asked for, and never the same as one without. And the security of each of its routes.
+        The specification with `nbds` in the routes that need it, and hosts in small letters: the
+        same link, however it was written, and never the same as one without TLS. And the security
+        of each of its routes.
 
     Raises:
         ConfigError: what is demanded contradicts itself.
     """
     found: dict[Target, Security] = {}
-    routes = []
+    routes: list[Target] = []
     for route in spec.routes:
+        if route.host is not None:
+            route = replace(route, host=route.host.lower())
         security = Security(route, spec.tls, for_kernel=spec.tls_road != "relay")
         if security.policy == "require":
             route = replace(route, tls=True)
+        elif routes and routes[0].tls:
+            raise ConfigError(
+                f"{route} goes without TLS, which {routes[0]} demands",
+                hint="say nbds:// in all of them",
+            )
         elif security.policy == "off" and spec.tls_road != "auto":
             raise ConfigError(
                 f"--tls-road {spec.tls_road}, and yet no TLS is asked for",
@@ -131,7 +143,8 @@ def secure(spec: LinkSpec) -> tuple[LinkSpec, dict[Target, Security]]:
             )
         routes.append(route)
         found[route] = security
-    return replace(spec, target=routes[0], paths=tuple(routes[1:])), found
+    tls = replace(spec.tls, policy=None) if routes[0].tls else spec.tls  # the scheme says it
+    return replace(spec, target=routes[0], paths=tuple(routes[1:]), tls=tls), found
 
 
 def _warn(message: str) -> None:
@@ -150,6 +163,10 @@ def _record(
     # From what is known already: to ask the kernel again would cost more in imports than in
     # system calls.
     netlink = device.road == "netlink"
+    signature = export.testimony.signature
+    if signature is not None and signature.startswith("auto:"):
+        # It is that of the first connection's server, and will be looked for at the target's.
+        signature = signature if channels[0].route == str(spec.target) else None
     return Record(
         index=device.index,
         name=spec.name,
@@ -166,7 +183,7 @@ def _record(
         spec=describe(spec),
         size=export.size,
         flags=int(export.flags),
-        signature=export.testimony.signature,
+        signature=signature,
         fences=export.testimony.fences,
     )
 
@@ -188,11 +205,10 @@ def _same_link(spec: LinkSpec, index: int | None) -> kernel.Device | None:
                 f"{' and '.join(changed)}",
                 hint=f"nbdlink detach {spec.name} first, or choose another --name{move}",
             )
-        if state.state is not kernel.DeviceState.ATTACHED:
-            from nbdlink.link.renew import renew
+        from nbdlink.link.renew import health, renew
 
-            renew(known.index)
-            state = kernel.status(known.index)
+        if known.road == "netlink" and health(known).dead:
+            renew(known.index, wait=_PATIENCE)
         return kernel.Device(known.index, state.path, state.partitions, known.road)
     return None
 
@@ -209,15 +225,14 @@ def attached(*, probe: bool = False) -> list[kernel.DeviceStatus]:
 
 def attached_records() -> list[tuple[record.Record, kernel.DeviceStatus]]:
     """Give every record that still describes its device, with the device's state."""
-    found = []
-    for known in record.read_all():
-        with contextlib.suppress(KernelError):
-            state = kernel.status(known.index)
-            if state.state is not kernel.DeviceState.FREE and known.describes(
-                state.backend, state.pid
-            ):
-                found.append((known, state))
-    return found
+    records = record.read_all()
+    # All at once: to see that a device is dead takes a moment, and many may be.
+    states = {state.index: state for state in attached()} if records else {}
+    return [
+        (known, state)
+        for known in records
+        if (state := states.get(known.index)) and known.describes(state.backend, state.pid)
+    ]
 
 
 def _negotiate_all(
@@ -267,8 +282,24 @@ def _negotiate_all(
                 f"{route.address}: connection {number + 1} was told {export.size} bytes and "
                 f"flags {int(export.flags):#x}, the first {first.size} and {int(first.flags):#x}"
             )
+        elif _are_foreign(taken[0], first, route, export):
+            raise ForeignExportError(
+                f"{route.address}: the export {route.export!r} is not the same one as that of "
+                f"{taken[0].address}: its signature is {export.testimony.signature!r}, not "
+                f"{first.testimony.signature!r}"
+            )
     assert first is not None
     return wires, taken, first
+
+
+def _are_foreign(
+    one: Target, first: NegotiatedExport, other: Target, second: NegotiatedExport
+) -> bool:
+    """Tell whether the servers prove that these are not the same data."""
+    signatures = (first.testimony.signature, second.testimony.signature)
+    if None in signatures or signatures[0] == signatures[1]:
+        return False
+    return one == other or not any(str(each).startswith("auto:") for each in signatures)
 
 
 def _binding(
@@ -333,16 +364,20 @@ def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:
     """
     index = find(device)
     known = record.read(index)
-    name = known.name if known else None
-    if name:
-        record.mark_detached(name)  # first, or a supervisor brings it back meanwhile
+    mark = (known.name or f"nbd{index}") if known else None
+    if mark:
+        record.mark_detached(mark)  # first, or a supervisor brings it back meanwhile
     try:
         kernel.detach(index, force=force, wait=wait)
-    except DeviceInUseError:
-        if name and not force:
-            record.unmark_detached(name)
+    except KernelError as error:
+        occupied = DeviceBusyError | DeviceInUseError if force else DeviceBusyError
+        if mark and not isinstance(error, occupied):  # these have been disconnected
+            refused = isinstance(error, RightsError | DeviceInUseError)
+            if refused or sysfs.has_live_link(index):
+                record.unmark_detached(mark)
         raise
-    record.remove(index)
+    if record.read(index) == known:  # or it has been attached again just now
+        record.remove(index)
     return f"/dev/nbd{index}"
 
 

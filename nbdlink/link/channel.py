@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nbdlink.errors import TLSError
 from nbdlink.kernel.sockets import inode
-from nbdlink.link.record import Channel, TLSRoad
+from nbdlink.link.record import Channel, TLSRoad, network
 from nbdlink.transport.stream import Wire
 
 if TYPE_CHECKING:
@@ -83,5 +83,9 @@ def prepare(wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack) -
             sockets[number] = end
             known[number] = replace(known[number], relay=relay)
     ready = tuple(sock for sock in sockets if sock is not None)
-    told = (replace(each, inode=inode(sock)) for each, sock in zip(known, ready, strict=True))
+    here = network()
+    told = (
+        replace(each, inode=inode(sock), network=here)
+        for each, sock in zip(known, ready, strict=True)
+    )
     return Channels(ready, tuple(told))

@@ -1,8 +1,8 @@
 """What is known of an attached device beyond what the kernel tells: its name and its export.
 
 One JSON file a device in /run/nbdlink, written whole or not at all. A record is believed only
-while the kernel shows the same backend identifier (or, for a device of the ioctl road, the
-same holder) for the device; one that is left over from an earlier use is nobody's.
+while the kernel shows the same backend identifier and the same process (who attached it or, on
+the ioctl road, holds it) for the device; one that is left over from an earlier use is nobody's.
 
 Beside it, readable by root only, the number by which the server knows the device's channels
 (`nbdlink.protocol.claim`). And for each link that was detached on purpose a mark, so that no
@@ -20,8 +20,9 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import IO, Any, Final, Literal, get_origin, get_type_hints
 
 from nbdlink.errors import ConfigError, DeviceBusyError, NBDError
 
@@ -44,6 +45,7 @@ class Channel:
         reason: why it is not the kernel that does TLS, or None.
         route: the URI that it was made to, or None if that is not known.
         inode: by which the kernel's socket is known (`nbdlink.kernel.sockets`), or None.
+        network: the network namespace in which that socket can be seen, or None.
         generation: how many connections there were before it in its place.
         relay: number of the process that does TLS for it, or None.
     """
@@ -54,6 +56,7 @@ class Channel:
     reason: str | None = None
     route: str | None = None
     inode: int | None = None
+    network: int | None = None
     generation: int = 0
     relay: int | None = None
 
@@ -114,9 +117,19 @@ class Record:
             backend: the backend identifier that the kernel shows.
             pid: the process that the kernel shows; None if nothing is attached.
         """
-        if self.identifier:
-            return backend == self.identifier
-        return self.pid is not None and pid == self.pid
+        if self.identifier and backend != self.identifier:
+            return False
+        # Of the netlink road it is who attached the device, as long as it is attached; so it
+        # tells the link's uses apart. (It may be unknown there, in a container.)
+        return pid == self.pid if self.pid is not None else bool(self.identifier)
+
+
+def network() -> int | None:
+    """Give what tells the network namespace of this process from others."""
+    try:
+        return Path("/proc/self/ns/net").stat().st_ino
+    except OSError:
+        return None
 
 
 def write(record: Record) -> None:
@@ -174,7 +187,8 @@ def locked(name: str, *, wait: bool = True) -> Iterator[None]:
     """
     import fcntl
 
-    with _lock_file(f"name-{name}.lock") as lock:
+    hint = "run it as root, or attach without --name"
+    with _lock_file(f"name-{name}.lock", hint) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -197,7 +211,7 @@ def held(index: int, wait: float = 0.0) -> Iterator[None]:
     import fcntl
 
     deadline = time.monotonic() + wait
-    with _lock_file(f"nbd{index}.lock") as lock:
+    with _lock_file(f"nbd{index}.lock", "run it as root") as lock:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -213,14 +227,14 @@ def held(index: int, wait: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _lock_file(name: str) -> Any:
+def _lock_file(name: str, hint: str) -> IO[str]:
+    # Whoever may open it may hold the lock, even for reading only; so nobody else may.
     try:
         DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
-        return (DIRECTORY / name).open("w")
+        return open(DIRECTORY / name, "w", opener=partial(os.open, mode=0o600))
     except OSError as error:
         raise NBDError(
-            f"{DIRECTORY} cannot be written, and names are kept there: {error.strerror}",
-            hint="run it as root, or attach without --name",
+            f"{DIRECTORY} cannot be written, where locks are kept: {error.strerror}", hint=hint
         ) from None
 
 
@@ -237,9 +251,30 @@ def read(index: int) -> Record | None:
         known["channels"] = tuple(
             Channel(**_known(Channel, each)) for each in data.get("channels", ())
         )
-        return Record(**known)
-    except (OSError, ValueError, TypeError, AttributeError):
+        found = Record(**known)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
+    return found if found.index == index and _is_sound(found) else None
+
+
+def _is_sound(found: Record | Channel) -> bool:
+    """Tell whether each value is of its kind: who reads them does not look."""
+    of_channel = isinstance(found, Channel)
+    return all(
+        isinstance(getattr(found, name), kind) for name, kind in _kinds(of_channel).items()
+    ) and (isinstance(found, Channel) or all(map(_is_sound, found.channels)))
+
+
+@cache
+def _kinds(of_channel: bool) -> dict[str, Any]:
+    hints = get_type_hints(Channel if of_channel else Record)
+    return {
+        name: float | int if hint is float else _PLAIN.get(get_origin(hint), hint)
+        for name, hint in hints.items()
+    }
+
+
+_PLAIN: Final[dict[Any, Any]] = {tuple: tuple, dict: dict}
 
 
 def _known(kind: type[Any], data: dict[str, Any]) -> dict[str, Any]:

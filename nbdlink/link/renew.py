@@ -35,9 +35,9 @@ from nbdlink.errors import ConfigError, ForeignExportError, KernelError, NBDErro
 from nbdlink.kernel import sockets, sysfs
 from nbdlink.link import channel, record
 from nbdlink.link.attach import secure
-from nbdlink.link.record import Channel, Record
+from nbdlink.link.record import Channel, Record, network
 from nbdlink.link.spec import LinkSpec, restore
-from nbdlink.protocol.claim import Claim
+from nbdlink.protocol.claim import NO_TESTIMONY, Claim, Testimony
 from nbdlink.protocol.constants import TransmissionFlag
 from nbdlink.transport.stream import Wire
 from nbdlink.uri import Target
@@ -94,17 +94,16 @@ class Renewal:
 def health(known: Record) -> Health:
     """Tell which of a device's channels are connected.
 
-    Of channels whose socket is not known (the record was lost), only the number of the dead is:
-    then the first ones are said to be.
+    Of channels whose socket is not known (the record was lost), or cannot be seen from here (it
+    is in another network namespace), only the number of the dead is: then the first ones are
+    said to be.
     """
-    alive = sockets.connected([each.inode for each in known.channels if each.inode])
     numbers = range(len(known.channels))
-    if alive is None:
-        unknown = list(numbers)
-        live = []
-    else:
-        unknown = [n for n in numbers if known.channels[n].inode is None]
-        live = [n for n in numbers if known.channels[n].inode in alive]
+    here = network()
+    visible = {n: each.inode for n, each in enumerate(known.channels) if each.network == here}
+    alive = sockets.connected([inode for inode in visible.values() if inode])
+    live = [n for n, inode in visible.items() if alive is not None and inode in alive]
+    unknown = [n for n in numbers if alive is None or not visible.get(n)]
     if unknown:
         total = sysfs.settled_links({known.index}).get(known.index)
         missing = 0 if total is None else max(0, len(live) + len(unknown) - total)
@@ -147,6 +146,16 @@ def renew(
         return attempt.run(chosen, state)
 
 
+def strayed(known: Record) -> tuple[int, ...]:
+    """Give the numbers of the channels that do not take the route that is theirs."""
+    routes = [known.spec.get("target"), *known.spec.get("paths", ())]
+    return tuple(
+        number
+        for number, each in enumerate(known.channels)
+        if each.route not in (None, routes[number % len(routes)])
+    )
+
+
 @dataclass
 class _Attempt:
     """One renewal."""
@@ -160,13 +169,14 @@ class _Attempt:
     session: str = field(init=False)
     failures: dict[Target, NBDError] = field(default_factory=dict)
     grown_to: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    testimony: Testimony = NO_TESTIMONY
 
     def __post_init__(self) -> None:
         known = self.known
         spec = restore(known.spec, known.name, f"/dev/nbd{known.index}")
         if self.target is not None:
-            others = tuple(path for path in spec.paths if path != self.target)
-            spec = replace(spec, target=self.target, paths=others)
+            spec = _moved(spec, self.target)
         self.spec, self.securities = secure(spec)
         session = record.read_session(known.index)
         if session is None:
@@ -185,29 +195,28 @@ class _Attempt:
         failure: NBDError | None = None
         if dead:
             try:
-                renewed += self._replace(dead)
+                renewed += self._replace(dead, alive=False)
             except NBDError as error:
                 if not live:
                     raise
                 failure = error
         for group in self._groups(live):
-            renewed += self._replace(group)
+            renewed += self._replace(group, alive=True)
         if failure is not None:
             raise failure
-        if self.target is not None and renewed:
-            self._note_target()
         after = health(self.known)
+        self.grown_to = self._growth()
         if self.grown_to is not None and not after.dead:
+            require_same(self.known)
             kernel.resize(self.known.index, self.grown_to)
             self.known = replace(self.known, size=self.grown_to)
             record.write(self.known)
-        strayed = tuple(
-            number
-            for number, each in enumerate(self.known.channels)
-            if each.route != str(self._route(number))
-        )
         return Renewal(
-            tuple(sorted(renewed)), after, self.grown_to, strayed, tuple(self.failures.items())
+            tuple(sorted(renewed)),
+            after,
+            self.grown_to,
+            strayed(self.known),
+            tuple(self.failures.items()),
         )
 
     def _groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
@@ -222,11 +231,10 @@ class _Attempt:
     def _relay(self, number: int) -> int | None:
         return self.known.channels[number].relay
 
-    def _replace(self, numbers: Sequence[int]) -> list[int]:
+    def _replace(self, numbers: Sequence[int], *, alive: bool) -> list[int]:
         """Give channels new connections; give the numbers of those for which it was possible."""
         with contextlib.ExitStack() as stack:
             old = [self.known.channels[number] for number in numbers]
-            alive = bool(_living(old))
             if alive:
                 # From the first word on: a server that fences ends the old one by itself.
                 stack.enter_context(self._patience())
@@ -234,26 +242,43 @@ class _Attempt:
             wires: list[Wire] = []
             taken: list[Target] = []
             for number in numbers:
-                wire, route = self._connect(number, elsewhere=not alive)
+                try:
+                    wire, route = self._connect(number, elsewhere=not alive)
+                except NBDError:
+                    if alive or not wires:
+                        raise
+                    break  # some are better than none; the others are still dead afterwards
                 stack.callback(wire.close)
                 wires.append(wire)
                 taken.append(route)
             name = self.known.name or f"nbd{self.known.index}"
             ready = channel.prepare(wires, self.spec.tls_road, name, stack)
-            _end(self.known, old)
-            kernel.reconfigure(self.known.index, [sock.fileno() for sock in ready.sockets])
-        new = [
-            replace(each, route=str(route), generation=self.known.channels[number].generation)
-            for each, route, number in zip(ready.known, taken, numbers, strict=True)
-        ]
-        there = sockets.connected([each.inode for each in new if each.inode])
-        kept = {
-            number: each
-            for number, each in zip(numbers, new, strict=True)
-            if there is None or each.inode in there
-        }
-        self._note(kept)
-        return list(kept)
+            new = {
+                number: replace(
+                    each, route=str(route), generation=self.known.channels[number].generation
+                )
+                for each, route, number in zip(ready.known, taken, numbers, strict=False)
+            }
+            if alive:
+                _end(self.known, old)
+            # Noted before it is done: if we are killed in between, a socket that the kernel did
+            # not get is gone, and is seen to be; one that it got would never be found.
+            if self.target is not None:
+                self._note_target()
+            self._note(new)
+            kernel.reconfigure(
+                self.known.index,
+                [sock.fileno() for sock in ready.sockets],
+                identifier=self.known.identifier,
+            )
+        there = sockets.connected([each.inode for each in new.values() if each.inode])
+        kept = [n for n, each in new.items() if there is None or each.inode in there]
+        if not kept and sysfs.settled_links({self.known.index}) == {
+            self.known.index: len(self.known.channels)
+        }:
+            # None of them was dead: they have sockets that nobody took note of.
+            self._note({number: replace(each, inode=None) for number, each in new.items()})
+        return kept
 
     def _count(self, numbers: Sequence[int]) -> None:
         """Take new generations; kept before they are used, so that none is used twice."""
@@ -267,16 +292,35 @@ class _Attempt:
 
     def _note(self, changed: dict[int, Channel]) -> None:
         channels = [changed.get(n, each) for n, each in enumerate(self.known.channels)]
+        require_same(self.known)
         self.known = replace(self.known, channels=tuple(channels))
         record.write(self.known)
 
+    def _growth(self) -> int | None:
+        """Give the size that the export has grown to, as far as every connection knows of it."""
+        known = self.known.size
+        used = {each.route for each in self.known.channels}
+        if known is None or not self.sizes.keys() >= used:
+            return None  # `resize.follow` asks the others
+        least = min(self.sizes.values())
+        return least if least > known else None
+
     def _note_target(self) -> None:
+        # Its signature is what is there from now on: one that its predecessor made up says
+        # nothing about it.
         described = {
             **self.known.spec,
             "target": str(self.spec.target),
             "paths": [str(path) for path in self.spec.paths],
         }
-        self.known = replace(self.known, target=str(self.spec.target), spec=described)
+        require_same(self.known)
+        self.known = replace(
+            self.known,
+            target=str(self.spec.target),
+            spec=described,
+            signature=self.testimony.signature,
+            fences=self.testimony.fences,
+        )
         record.write(self.known)
 
     def _route(self, number: int) -> Target:
@@ -321,6 +365,8 @@ class _Attempt:
         except BaseException:
             wire.close()
             raise
+        self.sizes[str(route)] = export.size
+        self.testimony = export.testimony
         return wire
 
     def _verify(self, route: Target, export: NegotiatedExport) -> None:
@@ -332,25 +378,18 @@ class _Attempt:
         known = self.known
         same = known.name or f"/dev/nbd{known.index}"
         where = f"{route.address}: the export {route.export!r} is not the one that {same} has"
-        expected, told = known.signature, export.testimony.signature
-        proved = False
-        if expected is not None and told is not None:
-            comparable = not (expected.startswith("auto:") or told.startswith("auto:")) or (
-                known.target == str(route)
+        proved = is_proved(known, route, export.testimony.signature)
+        size = export.size if known.size is None else known.size
+        if export.size < size or (export.size > size and not proved):
+            raise ForeignExportError(
+                f"{where}: it has {export.size} bytes, not {known.size}",
+                hint=f"if it is the same and has grown: nbdlink resize {same}",
             )
-            if comparable and expected != told:
-                raise ForeignExportError(
-                    f"{where}: its signature is {told!r}, not {expected!r}",
-                    hint=f"if it is meant: nbdlink detach {same}, and attach it again",
-                )
-            proved = comparable
-        if known.size is not None and export.size != known.size:
-            if not proved or export.size < known.size:
-                raise ForeignExportError(
-                    f"{where}: it has {export.size} bytes, not {known.size}",
-                    hint=f"if it is the same and has grown: nbdlink resize {same}",
-                )
-            self.grown_to = export.size
+        if export.minimum_block > known.block_size:
+            raise ForeignExportError(
+                f"{where}: it demands blocks of {export.minimum_block} bytes, not "
+                f"{known.block_size}"
+            )
         if export.read_only and not known.read_only:
             raise ForeignExportError(f"{where}: it is read-only")
         missing = TransmissionFlag(known.flags) & _NEEDED & ~export.flags
@@ -364,11 +403,64 @@ class _Attempt:
         if self.known.dead_timeout >= _GRACE:
             yield
             return
-        kernel.reconfigure(self.known.index, dead_timeout=_GRACE)
+        index, identifier = self.known.index, self.known.identifier
+        kernel.reconfigure(index, dead_timeout=_GRACE, identifier=identifier)
         try:
             yield
         finally:
-            kernel.reconfigure(self.known.index, dead_timeout=self.known.dead_timeout)
+            with contextlib.suppress(KernelError):  # it has been detached meanwhile
+                kernel.reconfigure(
+                    index, dead_timeout=self.known.dead_timeout, identifier=identifier
+                )
+
+
+def is_proved(known: Record, route: Target, told: str | None) -> bool:
+    """Tell whether what is offered on a route is proved to be what a device was attached to.
+
+    Args:
+        known: the device.
+        route: where it is offered.
+        told: its signature there, or None.
+
+    Raises:
+        ForeignExportError: it is proved not to be.
+    """
+    expected = known.signature
+    if expected is None or told is None:
+        return False
+    made_up = expected.startswith("auto:") or told.startswith("auto:")
+    if made_up and known.target != str(route):
+        return False  # two servers of the same data make up different ones
+    if expected != told:
+        same = known.name or f"/dev/nbd{known.index}"
+        raise ForeignExportError(
+            f"{route.address}: the export {route.export!r} is not the one that {same} has: its "
+            f"signature is {told!r}, not {expected!r}",
+            hint=f"if it is meant: nbdlink detach {same}, and attach it again",
+        )
+    return True
+
+
+def _moved(spec: LinkSpec, target: Target) -> LinkSpec:
+    """Give what a link is once it has moved.
+
+    The same export, unless another is named; no other way to it, as that would lead back; and
+    never without TLS if there was TLS.
+    """
+    before = spec.target
+    if not target.export:
+        target = replace(target, export=before.export)
+    if before.tls and not target.tls:
+        target = replace(
+            target,
+            tls=True,
+            username=target.username or before.username,
+            tls_type=before.tls_type,
+            tls_verify_peer=before.tls_verify_peer,
+            tls_certificates=before.tls_certificates,
+            tls_psk_file=before.tls_psk_file,
+        )
+    return replace(spec, target=target, paths=())
 
 
 def _living(channels: Sequence[Channel]) -> list[Channel]:
@@ -383,7 +475,13 @@ def _end(known: Record, channels: Sequence[Channel]) -> None:
         if each.relay is not None and _is_relay(each.relay):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each.relay, signal.SIGTERM)
-        elif each.inode is None or (not sockets.destroy(each.inode) and _living([each])):
+        elif each.inode is None:
+            raise KernelError(
+                f"{known.title}: a connection that is alive cannot be ended, as its socket is not "
+                "known",
+                hint="detach the device and attach it again",
+            )
+        elif not sockets.destroy(each.inode) and _living([each]):
             raise KernelError(
                 f"{known.title}: a connection over a Unix socket that is alive cannot be ended "
                 "from outside",
@@ -422,6 +520,17 @@ def is_true(known: Record) -> bool:
     """
     pid = sysfs.pid(known.index)
     return pid is not None and known.describes(sysfs.backend(known.index), pid)
+
+
+def require_same(known: Record) -> None:
+    """Make sure that a device has not been detached since its record was read.
+
+    Raises:
+        KernelError: it has, and may have been attached to something else.
+    """
+    now = record.read(known.index)
+    if now is None or now.attached_at != known.attached_at or not is_true(known):
+        raise KernelError(f"{known.title} has been detached meanwhile")
 
 
 def known_of(index: int) -> Record:

@@ -9,7 +9,8 @@ first.
 from __future__ import annotations
 
 import secrets
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Final
 
 from nbdlink import kernel
 from nbdlink.client.negotiate import Negotiation
@@ -18,9 +19,28 @@ from nbdlink.errors import ConfigError, KernelError
 from nbdlink.link import record
 from nbdlink.link.attach import secure
 from nbdlink.link.record import Record
-from nbdlink.link.renew import health, known_of, renew
+from nbdlink.link.renew import health, is_proved, known_of, renew, require_same
 from nbdlink.link.spec import restore
-from nbdlink.protocol.claim import NO_TESTIMONY, Claim, Testimony
+from nbdlink.protocol.claim import NO_TESTIMONY, Claim
+from nbdlink.uri import Target
+
+_PATIENCE: Final = 20.0
+"""Seconds to wait for who is renewing the device: a supervisor's attempt takes up to 15."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a server says of an export.
+
+    Attributes:
+        size: bytes.
+        fences: whether it lets nothing of a connection's predecessor live.
+        proved: whether its signature proves that it is the device's export.
+    """
+
+    size: int
+    fences: bool
+    proved: bool
 
 
 def follow(index: int) -> int | None:
@@ -36,17 +56,17 @@ def follow(index: int) -> int | None:
         KernelError, TransportError, OptionError, RemoteProtocolError: it cannot be found out.
     """
     known = known_of(index)
-    size, testimony = _ask(known)
+    answers = [_ask(known, route, security) for route, security in _routes(known)]
+    size = min(answer.size for answer in answers)
     if (
         known.size is None
         or size <= known.size
-        or known.signature is None
-        or testimony.signature != known.signature
+        or not all(answer.proved for answer in answers)
         or health(known).dead
     ):
         return None
     with record.held(index, 1.0):
-        _take_over(known_of(index), size)
+        _take_over(known, size, size)
     return size
 
 
@@ -62,10 +82,13 @@ def resize(index: int, size: int | None = None) -> int:
 
     Raises:
         ConfigError: the export is not that large.
+        ForeignExportError: it is not the export that the device was attached to.
         KernelError: the device has a dead connection that cannot be renewed.
     """
     known = known_of(index)
-    offered, testimony = _ask(known)
+    answers = [_ask(known, route, security) for route, security in _routes(known)]
+    offered = min(answer.size for answer in answers)
+    fences = all(answer.fences for answer in answers)
     if size is not None and size > offered:
         raise ConfigError(
             f"{known.title}: the export has only {offered} bytes",
@@ -76,31 +99,45 @@ def resize(index: int, size: int | None = None) -> int:
         raise ConfigError(f"{known.title}: {wanted} bytes are less than a block")
     if known.size != offered:
         # From here on this is the size that its connections are to have.
-        with record.held(index, 5.0):
+        with record.held(index, _PATIENCE):
+            require_same(known)
             record.write(replace(known_of(index), size=offered))
-    if health(known_of(index)).dead or (offered != known.size and not testimony.fences):
-        renew(index, everything=not testimony.fences)
+    if health(known_of(index)).dead or (offered != known.size and not fences):
+        renew(index, everything=not fences, wait=_PATIENCE)
     if health(known_of(index)).dead:
         raise KernelError(
             f"{known.title}: not all of its connections could be renewed, and with a dead one it "
             "cannot be resized"
         )
-    with record.held(index, 5.0):
-        _take_over(known_of(index), wanted, offered)
+    with record.held(index, _PATIENCE):
+        _take_over(known, wanted, offered)
     return wanted
 
 
-def _take_over(known: Record, size: int, offered: int | None = None) -> None:
+def _take_over(known: Record, size: int, offered: int) -> None:
+    require_same(known)
     kernel.resize(known.index, size)
-    record.write(replace(known, size=offered or size))
+    record.write(replace(known_of(known.index), size=offered))
 
 
-def _ask(known: Record) -> tuple[int, Testimony]:
-    """Ask the server for an export's size and signature."""
+def _routes(known: Record) -> list[tuple[Target, Security]]:
+    """Give the routes that the device's connections take: what one says, another need not."""
     spec = restore(known.spec, known.name, f"/dev/nbd{known.index}")
     spec, securities = secure(spec)
-    security: Security = securities[spec.target]
-    with Negotiation(spec.target, timeout=spec.negotiation_timeout, security=security) as talk:
+    used = {each.route for each in known.channels}
+    taken = [route for route in spec.routes if str(route) in used]
+    return [(route, securities[route]) for route in taken or spec.routes]
+
+
+def _ask(known: Record, route: Target, security: Security) -> _Answer:
+    """Ask a server for an export's size and signature.
+
+    Raises:
+        ForeignExportError: it is not the export that the device was attached to.
+    """
+    timeout = known.spec["negotiation_timeout"]
+    with Negotiation(route, timeout=timeout, security=security) as talk:
         # Of a device that nobody has: it takes effect with GO only.
         testimony = talk.claim(Claim(secrets.token_hex(16), 0, 0)) if talk.fixed else NO_TESTIMONY
-        return talk.info().size, testimony
+        proved = is_proved(known, route, testimony.signature)
+        return _Answer(talk.info().size, testimony.fences, proved)

@@ -18,26 +18,27 @@ import contextlib
 import logging
 import os
 import queue
+import resource
 import selectors
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from nbdlink import kernel
-from nbdlink.errors import ConfigError, NBDError
-from nbdlink.kernel import netlink, sysfs
+from nbdlink.errors import ConfigError, KernelError, NBDError
+from nbdlink.kernel import netlink, sockets, sysfs
 from nbdlink.kernel.events import EventKind, Events
 from nbdlink.link import record, resize
-from nbdlink.link.attach import attach_spec
+from nbdlink.link.attach import attach_spec, secure
 from nbdlink.link.config import Configuration
 from nbdlink.link.farewell import Farewell
 from nbdlink.link.notice import Notices
 from nbdlink.link.record import Record
-from nbdlink.link.renew import Renewal, health, is_true, renew
+from nbdlink.link.renew import Renewal, health, is_true, renew, strayed
 from nbdlink.link.spec import LinkSpec, describe, differences, restore
 from nbdlink.link.watched import Act, Watched
 from nbdlink.protocol.claim import digest_of
@@ -113,6 +114,10 @@ class Supervisor:
         Raises:
             KernelError: the kernel's events cannot be heard.
         """
+        _take_descriptors()
+        # Has the kernel load what it lists sockets with, now and not when the first one is dead:
+        # after an upgrade of the system its modules may be gone.
+        sockets.connected([0])
         with contextlib.ExitStack() as stack:
             stack.enter_context(netlink.kept_open())
             events = stack.enter_context(Events())
@@ -163,13 +168,13 @@ class Supervisor:
         for event in events.read():
             if event.kind is EventKind.LOST or event.index is None:
                 self._next_survey = 0.0
-            elif event.kind is EventKind.DEAD:
-                self._look_at(event.index)
-            else:
+            elif event.kind in (EventKind.ADDED, EventKind.REMOVED):
                 # A device that came or went may be one that is waited for.
                 self._next_survey = 0.0
                 if event.kind is EventKind.ADDED:
                     self._hurry_all(event.index)
+            else:
+                self._look_at(event.index)
 
     def _hurry_all(self, index: int) -> None:
         now = time.monotonic()
@@ -180,16 +185,16 @@ class Supervisor:
     def _hurry(self, notices: Notices) -> None:
         for digest in notices.read():
             for link in self.links.values():
-                session = None if link.index is None else record.read_session(link.index)
-                if session is not None and digest_of(session) == digest:
+                # Anybody may write to us, so nothing is looked up for it.
+                if link.index is not None and link.digest == digest:
                     if link.hurry(time.monotonic()):
                         _log.info("%s: its server says that it is back", link.title)
                     break
 
     def _collect(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._take(self._reports.get_nowait())
+        # What comes in meanwhile is for the next time: the loop has other duties.
+        for _ in range(self._reports.qsize()):
+            self._take(self._reports.get_nowait())
 
     def _take(self, report: _Report) -> None:
         link = self.links.get(report.key)
@@ -210,12 +215,20 @@ class Supervisor:
                     self._renewed(link, report.act, result)
                 case int():
                     _log.info("%s: has grown to %d bytes", link.title, result)
-        self._survey()
+        # Not at everything: a hundred links of a server that is away report all the time.
+        index = result.index if isinstance(result, kernel.Device) else link.index
+        if index is None:
+            self._miss(report.key, link)
+        else:
+            self._look_at(index)
 
     def _renewed(self, link: Watched, act: Act, renewal: Renewal) -> None:
         link.strayed, link.health = renewal.strayed, renewal.health
-        for route, error in renewal.failures:
-            _log.warning("%s: the route %s is closed: %s", link.title, route, error)
+        closed = {str(route): str(error) for route, error in renewal.failures}
+        for route, words in closed.items():
+            if link.closed.get(route) != words:
+                _log.warning("%s: the route %s is closed: %s", link.title, route, words)
+        link.closed = closed
         if renewal.renewed:
             live = len(renewal.health.live)
             total = live + len(renewal.health.dead)
@@ -248,7 +261,8 @@ class Supervisor:
         self._wanted = wanted
         for name, spec in wanted.items():
             known = self.links.setdefault(name, Watched(name))
-            known.spec = spec
+            if known.spec != spec:
+                known.spec, known.compared = spec, False
 
     def _survey_if_due(self, now: float) -> None:
         if now >= self._next_survey:
@@ -273,17 +287,8 @@ class Supervisor:
                 _log.info("%s: adopted", known.title)
             self._see(self.links[key], known)
         for key, link in list(self.links.items()):
-            if key in found:
-                continue
-            if link.index is not None:
-                self._lost(link)
-            if link.spec is None and not link.busy:
-                del self.links[key]
-                continue
-            link.detached = bool(
-                link.spec and link.spec.name and record.is_detached(link.spec.name)
-            )
-            link.seen(time.monotonic())
+            if key not in found:
+                self._miss(key, link)
 
     def _look_at(self, index: int) -> None:
         """Look at one device, of which there is news."""
@@ -297,8 +302,9 @@ class Supervisor:
 
     def _see(self, link: Watched, known: Record) -> None:
         """Take note of what a device is like."""
-        if link.index is None and link.spec is not None and known.spec:
-            wanted = describe(link.spec)
+        if link.spec is not None and known.spec and not link.compared:
+            link.compared = True
+            wanted = _described(link.spec)
             changed = [each for each in differences(known.spec, wanted) if each != "road"]
             if changed:
                 _log.warning(
@@ -311,6 +317,9 @@ class Supervisor:
         link.detached = False
         link.tried = True
         link.measurable = known.signature is not None
+        link.strayed = strayed(known)
+        session = record.read_session(known.index)
+        link.digest = None if session is None else digest_of(session)
         before = link.health.dead if link.health else ()
         if known.road == "netlink":
             link.health = health(known)
@@ -333,12 +342,27 @@ class Supervisor:
             )
         link.ended = ended
 
-    def _lost(self, link: Watched) -> None:
+    def _miss(self, key: str, link: Watched) -> None:
+        """Take note that a link is not attached."""
+        # What has no name is marked by its device.
+        link.detached = record.is_detached(key.removeprefix("/dev/"))
+        if link.index is not None:
+            self._lost(key, link)
+        if link.detached and key not in self._wanted:
+            link.spec = None
+        if link.spec is None and not link.busy:
+            del self.links[key]
+        else:
+            link.seen(time.monotonic())
+
+    def _lost(self, key: str, link: Watched) -> None:
         """Take note that a device is not attached any more."""
         index, link.index, link.health, link.ended = link.index, None, None, False
+        link.compared = False
         assert index is not None
         known = record.read(index)
-        if known is None:
+        if known is None or link.detached or self._key(known) != key or is_true(known):
+            # What is recorded, if anything is, may be the device's next use already.
             _log.info("%s: was detached", link.title)
         elif known.road == "ioctl" and link.spec is None:
             # Such a device ends with its connections. What is asked for is known.
@@ -376,7 +400,7 @@ class Supervisor:
         act: Act,
         spec: LinkSpec | None,
         index: int | None,
-        strayed: tuple[int, ...],
+        away: tuple[int, ...],
         patience: float | None,
     ) -> None:
         """Do it, in a thread of its own, and tell the loop."""
@@ -390,7 +414,7 @@ class Supervisor:
                 if act == "measure":
                     result = resize.follow(index)
                 else:
-                    also = strayed if act == "return" else ()
+                    also = away if act == "return" else ()
                     result = renew(index, also=also, timeout=patience, notice=self._notice_port)
         except NBDError as error:
             result = error
@@ -426,6 +450,7 @@ class Supervisor:
         troubled = [link for link in self.links.values() if link.trouble is not None]
         if troubled:
             words += f"; {troubled[0].title}: {troubled[0].trouble}"
+        words = " ".join(words.split())  # a line of its own would be another variable
         if words != self._status:
             self._status = words
             notify(f"STATUS={words}")
@@ -445,12 +470,16 @@ class _Waker:
         self._theirs.setblocking(False)
         self._before: list[tuple[int, object]] = []
         self._fd = -1
+        self._came: set[int] = set()
 
     def __enter__(self) -> _Waker:
         self._fd = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._before.append((number, signal.signal(number, lambda *_: None)))
+            self._before.append((number, signal.signal(number, self._take_note)))
         return self
+
+    def _take_note(self, number: int, _: object) -> None:
+        self._came.add(number)  # for its byte there may be no room
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._fd)
@@ -468,13 +497,13 @@ class _Waker:
         with contextlib.suppress(OSError):  # full: it is readable; closed: nobody waits
             self._theirs.send(b"\0")
 
-    def signals(self) -> Iterator[int]:
-        """Give the signals that came since the last time."""
-        try:
-            data = self._ours.recv(4096)
-        except BlockingIOError:
-            return
-        yield from filter(None, data)
+    def signals(self) -> set[int]:
+        """Give the signals that came since the last time, each once."""
+        with contextlib.suppress(BlockingIOError):
+            while len(self._ours.recv(4096)) == 4096:
+                pass
+        came, self._came = self._came, set()
+        return came
 
 
 def _adopt(spec: LinkSpec) -> Record | None:
@@ -485,18 +514,23 @@ def _adopt(spec: LinkSpec) -> Record | None:
     """
     from nbdlink.link.attach import identifier_of
 
-    identifier = identifier_of(spec)
-    if not spec.name:
+    identifier, name = identifier_of(spec), spec.name
+    if not name:
         return None
+    with contextlib.suppress(ConfigError):  # which renewing it will tell
+        spec, _ = secure(spec)
     for index in sysfs.indices():
         if sysfs.pid(index) is not None and sysfs.backend(index) == identifier:
             break
     else:
         return None
-    state = kernel.status(index)
+    try:
+        state = kernel.status(index)
+    except KernelError:
+        return None  # it went away just now
     known = Record(
         index=state.index,
-        name=spec.name,
+        name=name,
         target=str(spec.target),
         connections=spec.connections,
         read_only=state.read_only,
@@ -511,11 +545,26 @@ def _adopt(spec: LinkSpec) -> Record | None:
         size=state.size,
     )
     # Whoever is attaching it just now has something better to record.
-    with contextlib.suppress(NBDError), record.locked(spec.name, wait=False):
-        if record.read(state.index) is None:
+    with contextlib.suppress(NBDError), record.locked(name, wait=False):
+        before = record.read(state.index)
+        if before is None or not is_true(before):
             record.write(known)
             return known
     return None
+
+
+def _described(spec: LinkSpec) -> dict[str, Any]:
+    """Describe what is configured as it is recorded once it is attached."""
+    with contextlib.suppress(ConfigError):  # which attaching it will tell
+        spec, _ = secure(spec)
+    return describe(spec)
+
+
+def _take_descriptors() -> None:
+    """Have as many as are allowed: when a server is back, all its links are renewed at once."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _watchdog_seconds() -> float | None:

@@ -43,9 +43,13 @@ class Watched:
         ended: whether it is of the ioctl road and has ended, but somebody still has it open.
         detached: whether it was detached on purpose.
         strayed: channels that do not take their own route.
+        closed: routes that led nowhere the last time, and why.
+        compared: whether what is attached has been compared with what is configured.
+        digest: by which its server calls it when it is back (`nbdlink.protocol.claim`), or None.
         busy: what is being done about it just now.
         due: when it is to be tried again, or None if there is nothing to try.
         trouble: what went wrong the last time, or None.
+        grumble: what went wrong the last time with what is not urgent.
         tried: whether it has been attempted, or found, at least once.
     """
 
@@ -57,9 +61,13 @@ class Watched:
     ended: bool = False
     detached: bool = False
     strayed: tuple[int, ...] = ()
+    closed: dict[str, str] = field(default_factory=dict)
+    compared: bool = False
+    digest: str | None = None
     busy: Act | None = None
     due: float | None = None
     trouble: NBDError | None = None
+    grumble: str = ""
     tried: bool = False
     backoff: Backoff = field(default_factory=Backoff)
     next_return: float = 0.0
@@ -105,10 +113,12 @@ class Watched:
             return None
         if self.needs():
             return self.due
+        if self.index is None or self.health is None:
+            return None
         times = []
         if self.strayed:
             times.append(self.next_return)
-        if self.measurable and self.index is not None:
+        if self.measurable:
             times.append(self.next_measure)
         return min(times, default=None)
 
@@ -140,17 +150,22 @@ class Watched:
             self.trouble = None
             self.backoff.succeeded(now)
             self.next_measure = now + MEASURE_SECONDS
+        else:
+            self.grumble = ""
 
     def failed(self, error: NBDError, now: float) -> bool:
         """Take note that it failed; tell whether that is news."""
         act, self.busy = self.busy, None
         self.tried = True
+        if act not in ("attach", "renew"):
+            # The link is well all the same, and being seen to be is no end of this.
+            news, self.grumble = self.grumble != str(error), str(error)
+            return news
         news = self.trouble is None or str(self.trouble) != str(error)
         self.trouble = error
-        if act in ("attach", "renew"):
-            self.due = self.backoff.failed(now)
-            if not is_retryable(error):
-                self.due = max(self.due, now + _HOPELESS_SECONDS)
+        self.due = self.backoff.failed(now)
+        if not is_retryable(error):
+            self.due = max(self.due, now + _HOPELESS_SECONDS)
         return news
 
     def hurry(self, now: float) -> bool:

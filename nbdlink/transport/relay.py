@@ -92,7 +92,9 @@ def _fork(streams: Sequence[TLSStream], ends: Sequence[socket.socket], name: str
             _detach(inlet, streams, ends, name)
         os.close(inlet)
         inlet = -1
-        if not select.select([answer], [], [], _BEGINNING)[0]:
+        waiting = select.poll()  # select takes no descriptor above 1023
+        waiting.register(answer, select.POLLIN)
+        if not waiting.poll(_BEGINNING * 1000):
             # The fork of a program with threads may have come at the wrong moment.
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +38,9 @@ class Restartable:
     def command(self):
         if self.kind == "nbdkit":
             return ["nbdkit", "-f", "-p", self.port, "-i", "127.0.0.1", "file", self.image]
+        if self.kind == "qemu-nbd":
+            words = ["qemu-nbd", "-p", self.port, "-b", "127.0.0.1", "-t", "-e", "0", "-f", "raw"]
+            return [*words, "-x", "data", self.image]
         words = [sys.executable, "-m", "nbdlink", "serve", "-b", "127.0.0.1", "-p", self.port]
         if self._credentials:
             words += ["--tls-certificates", self._credentials]
@@ -47,7 +52,10 @@ class Restartable:
         self._options = options or self._options
         with (self._folder / f"server-{self.port}.log").open("a") as log:
             self._process = subprocess.Popen(
-                [str(word) for word in self.command()], stdout=subprocess.DEVNULL, stderr=log
+                [str(word) for word in self.command()],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
             )
         # Whoever is first in line gets the greeting; this server only has to be there.
         until(lambda: self._process.poll() is not None or _greets(self.target))
@@ -67,6 +75,21 @@ class Restartable:
 
     def send_signal(self, number):
         self._process.send_signal(number)
+
+    def freeze(self):
+        """Have it stand still, with all of its processes, as a machine does that swaps."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self):
+        """Have it go on."""
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+    def status(self):
+        """Say for people whether it runs."""
+        if self._process is None:
+            return "was ended"
+        status = self._process.poll()
+        return "runs" if status is None else f"ended by itself with status {status}"
 
     def log(self):
         return (self._folder / f"server-{self.port}.log").read_text()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from nbdlink.cli.main import complain
 from nbdlink.cli.supervise import supervise
+from nbdlink.errors import ConfigError, NBDError
 from nbdlink.link import config
 
 file, port, *names = sys.argv[1:]
@@ -16,4 +18,9 @@ def load():
     return config.load(Path(file), nothing, nothing)
 
 
-sys.exit(supervise(load, names, int(port), verbose=2))
+try:
+    status = supervise(load, names, int(port), verbose=2)
+except NBDError as error:
+    complain(error)
+    status = 2 if isinstance(error, ConfigError) else 1
+sys.exit(status)

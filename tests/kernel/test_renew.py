@@ -7,15 +7,18 @@ import os
 import stat
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nbdlink import kernel
 from nbdlink.cli.main import main
-from nbdlink.errors import ForeignExportError, KernelError, TransportError
+from nbdlink.errors import DeviceInUseError, ForeignExportError, KernelError, TransportError
 from nbdlink.kernel import sockets, sysfs
 from nbdlink.link import record
-from nbdlink.link.renew import health, renew
+from nbdlink.link.attach import detach
+from nbdlink.link.renew import Health, _Attempt, health, renew
 from nbdlink.uri import Target
 from tests.certificates import Authority
 from tests.interop.peers import MISSING
@@ -385,3 +388,93 @@ def test_info_tells_what_each_connection_is(server, attach, capsys):
 def test_a_target_with_a_name_is_the_same_as_its_uri(server, attach):
     index = attach(str(Target.parse(server.uri)), "--name", "data")
     assert attach(server.uri, "--name", "data") == index
+
+
+def test_a_server_that_a_device_has_moved_to_can_be_restarted(serve, attach, image, tmp_path):
+    copy = tmp_path / "copy.img"
+    copy.write_bytes(image.read_bytes())
+    here, there = serve("nbdlink"), serve("nbdlink", file=copy)
+    index = attach(here.uri)
+    here.kill()
+    until(lambda: all_dead(index))
+    assert main(["reconnect", f"/dev/nbd{index}", there.uri]) == 0
+    there.restart()
+    until(lambda: all_dead(index))
+    assert renew(index).renewed == (0,), "the first server's own signature says nothing about it"
+
+
+def test_a_device_moves_to_the_export_of_the_same_name(serve, attach):
+    here, there = serve("nbdlink"), serve("nbdlink")
+    index = attach(here.uri)
+    here.kill()
+    until(lambda: all_dead(index))
+    assert main(["reconnect", f"/dev/nbd{index}", f"127.0.0.1:{there.port}"]) == 0
+    assert record.read(index).target == there.uri
+
+
+def test_nothing_leads_back_to_where_a_device_has_left(serve, attach):
+    here, other, there = serve("nbdkit"), serve("nbdkit"), serve("nbdkit")
+    index = attach(here.uri, "--path", other.uri)
+    here.kill()
+    until(lambda: all_dead(index))
+    assert main(["reconnect", f"/dev/nbd{index}", there.uri]) == 0
+    there.kill()
+    until(lambda: all_dead(index))
+    with pytest.raises(TransportError, match=f":{there.port}: connection refused"):
+        renew(index)
+
+
+def test_exports_with_different_signatures_are_not_one_device(serve, capsys):
+    one, other = serve("nbdlink", "--signature", "one"), serve("nbdlink", "--signature", "other")
+    assert main(["attach", one.uri, "--path", other.uri, "-C", "2"]) == 1
+    assert "its signature is 'other', not 'one'" in capsys.readouterr().err
+
+
+def test_a_device_that_was_detached_meanwhile_gets_nothing(server, attach):
+    index = attach(server.uri, "--name", "old")
+    attempt = _Attempt(record.read(index), None, None, None)
+    detach("old")
+    assert main(["attach", server.uri, f"/dev/nbd{index}", "--name", "new"]) == 0
+    before = record.read(index)
+    with pytest.raises(KernelError, match="has been detached meanwhile"):
+        attempt.run([0], Health((), (0,)))
+    assert record.read(index) == before
+
+
+def test_a_name_brings_a_link_back_that_is_half_dead(serve, attach):
+    here, there = serve("nbdkit"), serve("nbdkit")
+    words = (here.uri, "--path", there.uri, "-C", "2", "--name", "data")
+    index = attach(*words)
+    here.kill()
+    until(lambda: health(record.read(index)).dead == (0,))
+    assert attach(*words) == index
+    assert health(record.read(index)).dead == ()
+
+
+def test_a_name_of_the_ioctl_road_changes_nothing(server, attach):
+    index = attach(server.uri, "--ioctl", "--name", "data")
+    assert attach(server.uri, "--ioctl", "--name", "data") == index
+
+
+def test_a_detach_that_was_refused_leaves_no_mark(server, attach):
+    index = attach(server.uri, "--name", "data")
+    holder = os.open(f"/dev/nbd{index}", os.O_RDWR | os.O_EXCL)
+    try:
+        with pytest.raises(DeviceInUseError):
+            detach("data")
+    finally:
+        os.close(holder)
+    assert not record.is_detached("data")
+
+
+def test_a_detach_forgets_only_what_it_has_detached(server, attach, monkeypatch):
+    index = attach(server.uri, "--name", "old")
+    told = record.read(index)
+    again = replace(told, name="new", attached_at=told.attached_at + 1)
+
+    def detach_and_lose_a_race(*_, **__):
+        record.write(again)
+
+    monkeypatch.setattr(kernel, "detach", detach_and_lose_a_race)
+    detach("old")
+    assert record.read(index) == again

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import queue
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,11 +15,11 @@ from nbdlink import kernel
 from nbdlink.cli.main import main
 from nbdlink.kernel import sysfs
 from nbdlink.link import record
-from nbdlink.link.renew import health
 from tests.interop.peers import MISSING
 
 from .conftest import PATIENCE, free_all, until
 from .restarts import Restartable
+from .supervisors import Supervisor, index_of, link, live
 
 pytestmark = [
     pytest.mark.kernel,
@@ -66,64 +63,6 @@ def server(servers):
     return servers()
 
 
-class Supervisor:
-    """A supervisor in a process of its own, whose log can be waited for.
-
-    Attributes:
-        said: all lines of its log so far.
-    """
-
-    def __init__(self, folder, names=(), port=0, under=None):
-        self.config = folder / "nbdlink.toml"
-        if not self.config.exists():
-            self.config.write_text("")
-        environment = {**os.environ, "NBDLINK_RUNTIME_DIRECTORY": str(record.DIRECTORY)}
-        self.said = []
-        self._lines = queue.Queue()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernel.supervise", self.config, str(port), *names],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, **(under or {})},
-            cwd=Path(__file__).parents[2],
-        )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    @property
-    def pid(self):
-        return self._process.pid
-
-    def _read(self):
-        for line in self._process.stderr:
-            self._lines.put(line)
-        self._lines.put(None)
-
-    def until(self, pattern):
-        """Wait for a line of the log that has the pattern in it; give what matched."""
-        while True:
-            try:
-                line = self._lines.get(timeout=PATIENCE)
-            except queue.Empty:
-                line = None
-            assert line is not None, f"{pattern!r} never came in:\n{''.join(self.said)}"
-            self.said.append(line)
-            if match := re.search(pattern, line):
-                return match
-
-    def tell(self, number):
-        self._process.send_signal(number)
-
-    def end(self, number=signal.SIGTERM):
-        """End it, unless it has ended by itself; give its exit status."""
-        if number is not None and self._process.poll() is None:
-            self._process.send_signal(number)
-        status = self._process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
-        self._process.stderr.close()
-        return status
-
-
 @pytest.fixture
 def supervise(tmp_path):
     """Start a supervisor with some configuration; all of them end with the test."""
@@ -139,22 +78,6 @@ def supervise(tmp_path):
     yield start
     for supervisor in started:
         supervisor.end(signal.SIGKILL)
-
-
-def link(*servers, **settings):
-    """Write a configuration of one link."""
-    first, *others = [server.uri for server in servers]
-    lines = [f'[link.data]\ntarget = "{first}"', "timeout = 60", f"paths = {others}"]
-    return "\n".join([*lines, *(f"{key} = {value}" for key, value in settings.items())])
-
-
-def index_of(name):
-    return next((known.index for known in record.read_all() if known.name == name), None)
-
-
-def live(name="data"):
-    index = index_of(name)
-    return None if index is None else len(health(record.read(index)).live)
 
 
 def test_a_configured_link_is_attached(supervise, server, image):
@@ -299,6 +222,40 @@ def test_an_ioctl_device_that_was_attached_by_hand_comes_back(supervise, server)
     supervisor.until("/dev/nbd4: adopted")
     server.restart()
     supervisor.until("attached as /dev/nbd4")
+
+
+def test_an_ioctl_device_that_was_detached_by_hand_stays_so(supervise, server):
+    server.start()
+    assert main(["attach", "--ioctl", server.uri, "/dev/nbd4"]) == 0
+    supervisor = supervise()
+    supervisor.until("/dev/nbd4: adopted")
+    assert main(["detach", "/dev/nbd4"]) == 0
+    supervisor.until("/dev/nbd4: was detached")
+    supervisor.tell(signal.SIGHUP)
+    supervisor.until("read again")
+    assert supervisor.end() == 0
+    assert sysfs.pid(4) is None
+
+
+def test_a_device_that_has_another_use_by_now_keeps_its_record(supervise, server):
+    server.start()
+    supervisor = supervise(link(server, device='"/dev/nbd4"'))
+    supervisor.until("attached as /dev/nbd4")
+    supervisor.tell(signal.SIGSTOP)
+    assert main(["detach", "data"]) == 0
+    assert main(["attach", server.uri, "/dev/nbd4", "--name", "other"]) == 0
+    supervisor.tell(signal.SIGCONT)
+    supervisor.until(r"other \(/dev/nbd4\): adopted")
+    assert record.read(4).name == "other"
+
+
+def test_another_configuration_is_told_while_it_runs(supervise, server):
+    server.start()
+    supervisor = supervise(link(server))
+    supervisor.until("attached as")
+    supervisor.config.write_text(link(server, connections=2))
+    supervisor.tell(signal.SIGHUP)
+    supervisor.until("is attached with another connections than is configured")
 
 
 def test_a_module_that_is_gone_is_loaded_again(supervise, server):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import stat
 from dataclasses import replace
 
 import pytest
@@ -79,7 +81,8 @@ def test_a_directory_that_cannot_be_made_is_reported(directory):
 @pytest.mark.parametrize(
     ("identifier", "backend", "pid", "described"),
     [
-        ("nbdlink:data", "nbdlink:data", 1, True),
+        ("nbdlink:data", "nbdlink:data", 77, True),
+        ("nbdlink:data", "nbdlink:data", 1, False),
         ("nbdlink:data", "nbdlink:other", 77, False),
         ("nbdlink:data", None, 77, False),
         ("", None, 77, True),
@@ -100,3 +103,35 @@ def test_a_name_that_could_be_mistaken_is_refused(name):
 @pytest.mark.parametrize("name", ["data", "nbd", "nbdx", "store-1_a.b:c@d", "x" * 64])
 def test_a_name_is_given_back(name):
     assert record.check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"index": 4},
+        {"index": "3"},
+        {"name": 5},
+        {"identifier": None},
+        {"spec": None},
+        {"channels": [{"inode": "7"}]},
+        {"channels": [{"route": 1}]},
+        {"pid": "77"},
+        {"attached_at": "now"},
+    ],
+)
+def test_a_record_with_something_of_another_kind_counts_as_none(directory, change):
+    record.write(SAMPLE)
+    path = directory / "nbd3.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert record.read(3) is None
+
+
+def test_a_time_may_be_a_whole_number(directory):
+    record.write(replace(SAMPLE, attached_at=7))
+    assert record.read(3).attached_at == 7
+
+
+def test_nobody_else_can_hold_a_lock(directory):
+    with record.held(3), record.locked("data"):
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in directory.glob("*.lock")]
+    assert modes == [0o600, 0o600]

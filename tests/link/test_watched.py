@@ -153,3 +153,32 @@ def test_most_attempts_do_not_wait_for_long():
         patience.append(found.begin("renew", 0.0))
         found.failed(AWAY, 1.0)
     assert patience.count(None) == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"index": 0, "health": WELL, "measurable": True, "strayed": (1,)},
+        {"index": 0, "health": None, "measurable": True},
+        {"index": 0, "health": None, "strayed": (1,)},
+        {"index": None, "detached": True, "measurable": True, "strayed": (1,)},
+    ],
+)
+def test_when_its_time_has_come_there_is_something_to_do(fields):
+    found = seen(**fields)
+    time = found.next_time()
+    assert time is None or found.next_act(time), "who waits for this would not wait at all"
+
+
+def test_a_size_that_cannot_be_asked_for_is_told_once():
+    found = seen(index=0, health=WELL, measurable=True)
+    told = []
+    for _ in range(3):
+        found.begin("measure", 0.0)
+        told.append(found.failed(TransportError("connection refused"), 1.0))
+        found.seen(2.0)
+    found.begin("measure", 3.0)
+    found.done(4.0)
+    found.begin("measure", 5.0)
+    told.append(found.failed(TransportError("connection refused"), 6.0))
+    assert told == [True, False, False, True]

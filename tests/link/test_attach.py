@@ -1,0 +1,44 @@
+"""What makes two links the same, however they were written."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdlink.client.security import TLSOptions
+from nbdlink.errors import ConfigError
+from nbdlink.link.attach import secure
+from nbdlink.link.spec import LinkSpec, describe, differences
+from nbdlink.transport.tlsfiles import CredentialFiles
+from nbdlink.uri import Target
+
+FILES = CredentialFiles(directory="/pki")
+SECURE = Target("h", export="x", tls=True)
+
+
+def described(spec):
+    return describe(secure(spec)[0])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (LinkSpec(Target("Store1")), LinkSpec(Target("store1"))),
+        (LinkSpec(Target("h"), tls=TLSOptions("require")), LinkSpec(Target("h", tls=True))),
+        (
+            LinkSpec(Target("h", export="x"), tls=TLSOptions(files=FILES)),
+            LinkSpec(SECURE, tls=TLSOptions("require", FILES)),
+        ),
+    ],
+)
+def test_the_same_link_can_be_written_in_several_ways(one, other):
+    assert differences(described(one), described(other)) == []
+
+
+def test_what_was_recorded_is_the_same_when_it_is_read_again():
+    spec, _ = secure(LinkSpec(Target("H"), paths=(Target("I"),), tls=TLSOptions("require")))
+    assert secure(spec)[0] == spec
+
+
+def test_no_way_goes_without_tls_if_the_first_does_not():
+    with pytest.raises(ConfigError, match="nbd://i/x goes without TLS, which nbds://h/x demands"):
+        secure(LinkSpec(SECURE, paths=(Target("i", export="x"),)))
