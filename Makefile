@@ -16,7 +16,7 @@ sources := nbdlink tests $(wildcard bench)
 # pip shows a progress bar to a person, and nothing to a log.
 pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
 
-.PHONY: help demo test unit lint kernel-test systemd-test bench bench-quick bench-attach bench-roads clean
+.PHONY: help demo test unit lint kernel-test systemd-test bench bench-quick bench-attach bench-roads bench-recovery clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -77,6 +77,15 @@ bench-roads: ## a device's TLS in the kernel, beside the relay and nbd-client's 
 	@mkdir -p docs/benchmarks
 	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 900 --rw docs/benchmarks -- \
 	    $(venv)/bin/python -m bench.roads docs/benchmarks/roads.md
+
+# RECOVERY_OPTIONS: see bench/recovery.py.
+bench-recovery: ## how soon a device answers when its server is back, likewise
+	@vagrant/provision.sh test
+	@$(MAKE) --no-print-directory $(venv)/.for-demo
+	@mkdir -p docs/benchmarks
+	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 1800 --rw docs/benchmarks -- \
+	    $(venv)/bin/python -m bench.recovery --output docs/benchmarks/recovery.md \
+	    $(RECOVERY_OPTIONS)
 
 clean: ## remove what was built; the cache folder with the kernels stays
 	rm -rf $(venv) build dist *.egg-info .coverage* .hypothesis .import_linter_cache \

@@ -18,6 +18,8 @@ test="qemu-utils nbdkit nbd-server nbd-client libnbd-bin python3-libnbd fio ipro
 test="$test systemd"
 # Without this nbdinfo (1.14) prints random bytes where it tells the content.
 test="$test file"
+# To break connections off on their way.
+test="$test nftables"
 # To ask another TLS library, and as a client and server of plain TLS.
 test="$test openssl"
 bench="gcc libc6-dev nbdkit-plugin-dev"

@@ -89,12 +89,15 @@ def run_attach(arguments: argparse.Namespace) -> int:
     else:
         print(device.path)
     if arguments.supervise:
+        from functools import partial
+
         from nbdlink.cli.supervise import supervise
         from nbdlink.link.config import Configuration, ConfiguredLink
 
         sys.stdout.flush()  # whoever waits for the device has it
         link = ConfiguredLink(spec, "the command line")
-        supervise(lambda: Configuration({str(spec.name): link}), [str(spec.name)])
+        load = partial(Configuration, {str(spec.name): link})
+        supervise(load, [str(spec.name)], until_detached=True)
     return 0
 
 

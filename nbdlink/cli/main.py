@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((word for word in words if not word.startswith("-")), None)
     verbose = 0
     try:
-        arguments = build_parser(verb if verb in VERBS else None).parse_args(words)
+        arguments = _parse(verb, words)
         verbose = arguments.verbose
         if verbose:
             set_up_logging(verbose)
@@ -98,6 +98,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             NBDError(f"unexpected {name}: {error}", hint="this is a bug; -vv shows where it is")
         )
         return 1
+
+
+def _parse(verb: str | None, words: list[str]) -> argparse.Namespace:
+    """Parse a command line; after a verb, options and operands may come in any order."""
+    if verb not in VERBS or words[0] != verb:
+        return build_parser().parse_args(words)
+    parser = build_parser(verb)
+    (subparsers,) = (
+        each for each in parser._actions if isinstance(each, argparse._SubParsersAction)
+    )
+    sub: argparse.ArgumentParser = subparsers.choices[verb]
+    return sub.parse_intermixed_args(words[1:])
 
 
 def _open_missing_streams() -> None:

@@ -58,6 +58,7 @@ def supervise(
     notice_port: int | None = None,
     *,
     metrics: str | None = None,
+    until_detached: bool = False,
     verbose: int = 0,
 ) -> int:
     """Be the daemon, in the foreground.
@@ -67,6 +68,7 @@ def supervise(
         names: the only links to look after; none for all.
         notice_port: UDP port for servers that are back; None for the usual one, 0 for none.
         metrics: where metrics are served, or None.
+        until_detached: whether to end when all links have been detached on purpose.
         verbose: how much is said; what a daemon does is always.
 
     Raises:
@@ -79,7 +81,7 @@ def supervise(
 
     set_up_logging(max(verbose, 1))
     port = DEFAULT_PORT if notice_port is None else notice_port or None
-    supervisor = Supervisor(load, names, notice_port=port)
+    supervisor = Supervisor(load, names, notice_port=port, until_detached=until_detached)
     with contextlib.ExitStack() as stack:
         if metrics is not None:
             from nbdlink.link.metrics import DeviceMetrics

@@ -353,6 +353,9 @@ def identifier_of(spec: LinkSpec) -> str:
 def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:
     """Unbind a device, by its path or by its link's name; give the path.
 
+    A configured link that is not attached is not attached by a supervisor either from then on,
+    and it is the name that is given back.
+
     Args:
         device: `/dev/nbdN`, `nbdN` or a link's name.
         force: do it even if the device is mounted or held. Unwritten data is lost.
@@ -362,7 +365,13 @@ def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:
         DeviceInUseError: it is mounted or held; the message says by whom.
         KernelError: nothing is attached there, or the kernel refuses.
     """
-    index = find(device)
+    try:
+        index = find(device)
+    except KernelError:
+        if not _is_configured(device):
+            raise
+        record.mark_detached(device)
+        return device
     known = record.read(index)
     mark = (known.name or f"nbd{index}") if known else None
     if mark:
@@ -379,6 +388,14 @@ def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:
     if record.read(index) == known:  # or it has been attached again just now
         record.remove(index)
     return f"/dev/nbd{index}"
+
+
+def _is_configured(name: str) -> bool:
+    from nbdlink.link import config
+
+    with contextlib.suppress(ConfigError):
+        return name in config.load().links
+    return False
 
 
 def find(device: str) -> int:

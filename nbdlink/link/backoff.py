@@ -15,8 +15,8 @@ from typing import Final
 FIRST: Final = 0.05
 """Seconds before the second attempt; the first one is made at once."""
 FACTOR: Final = 2.0
-QUICK: Final = 100
-"""Attempts with the shortest pause, before they get longer: five seconds' worth."""
+QUICK: Final = 5.0
+"""Seconds for which the pauses stay short, from the first failure on."""
 LONGEST: Final = 5.0
 """Seconds between two attempts, at most: a server that is back is not kept waiting for longer."""
 JITTER: Final = 0.25
@@ -39,7 +39,7 @@ class Backoff:
         *,
         first: float = FIRST,
         factor: float = FACTOR,
-        quick: int = QUICK,
+        quick: float = QUICK,
         longest: float = LONGEST,
         jitter: float = JITTER,
         calm: float = CALM,
@@ -50,13 +50,15 @@ class Backoff:
         Args:
             first: seconds of the first pause.
             factor: by how much each pause is longer than the one before.
-            quick: attempts before they get longer.
+            quick: seconds from the first failure on in which they do not get longer.
             longest: seconds of a pause, at most, before jitter.
             jitter: share by which a pause is shorter or longer, below 1.
             calm: seconds that a success must last to count.
             dice: gives a number from 0 up to 1.
         """
         self.attempts = 0
+        self._begun = 0.0
+        self._longer = 0
         self._first = first
         self._factor = factor
         self._quick = quick
@@ -79,9 +81,16 @@ class Backoff:
             if now - self._succeeded >= self._calm:
                 self.attempts = 0
             self._succeeded = None
-        pause = self._pause(self.attempts)
         self.attempts += 1
-        return now + pause
+        if self.attempts == 1:
+            self._begun, self._longer = now, 0
+            return now
+        if now - self._begun >= self._quick:
+            self._longer += 1
+        # The exponent is bounded: after a weekend of attempts there is no float for the power.
+        exponent = min(max(0, self._longer - 1), 60)
+        pause = min(self._longest, self._first * self._factor**exponent)
+        return now + pause * (1 + self._jitter * (2 * self._dice() - 1))
 
     def succeeded(self, now: float) -> None:
         """Take note of a success, which counts once it has lasted."""
@@ -90,11 +99,3 @@ class Backoff:
     def hurry(self) -> None:
         """Begin anew: there is reason to believe that the next attempt succeeds."""
         self.attempts = 0
-
-    def _pause(self, attempts: int) -> float:
-        if not attempts:
-            return 0.0
-        # The exponent is bounded: after a weekend of attempts there is no float for the power.
-        longer = min(max(0, attempts - 1 - self._quick), 60)
-        pause = min(self._longest, self._first * self._factor**longer)
-        return pause * (1 + self._jitter * (2 * self._dice() - 1))

@@ -19,7 +19,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, Final, Literal, get_origin, get_type_hints
@@ -140,7 +140,13 @@ def write(record: Record) -> None:
     """
     import json
 
-    _write(_path(record.index), json.dumps(asdict(record), indent=1) + "\n", 0o644)
+    # Neither `asdict`, which copies deeply, nor indented, which is not done in C: a record is
+    # written twice while a device waits for a renewal, and was a third of its time.
+    data = {each: getattr(record, each) for each in Record.__slots__}
+    data["channels"] = [
+        {each: getattr(channel, each) for each in Channel.__slots__} for channel in record.channels
+    ]
+    _write(_path(record.index), json.dumps(data) + "\n", 0o644)
 
 
 def write_session(index: int, session: str) -> None:

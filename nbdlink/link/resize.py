@@ -81,7 +81,7 @@ def resize(index: int, size: int | None = None) -> int:
         The device's size in bytes.
 
     Raises:
-        ConfigError: the export is not that large.
+        ConfigError: the export is not that large, or has become smaller and no size is given.
         ForeignExportError: it is not the export that the device was attached to.
         KernelError: the device has a dead connection that cannot be renewed.
     """
@@ -93,6 +93,12 @@ def resize(index: int, size: int | None = None) -> int:
         raise ConfigError(
             f"{known.title}: the export has only {offered} bytes",
             hint="leave the size out to take all of it",
+        )
+    if size is None and known.size is not None and offered < known.size:
+        name = known.name or f"/dev/nbd{index}"
+        raise ConfigError(
+            f"{known.title}: the export has {offered} bytes now, less than the device",
+            hint=f"nbdlink resize {name} {offered} gives up what is behind",
         )
     wanted = offered if size is None else size
     if wanted < known.block_size:

@@ -80,6 +80,7 @@ class Supervisor:
         names: Sequence[str] = (),
         *,
         notice_port: int | None = None,
+        until_detached: bool = False,
     ) -> None:
         """Prepare; nothing happens before `run`.
 
@@ -87,6 +88,7 @@ class Supervisor:
             load: reads the configuration; called again when it is to be read anew.
             names: the only links to look after; none for all that are configured or attached.
             notice_port: UDP port on which to hear that servers are back, or None.
+            until_detached: whether to end when all links have been detached on purpose.
 
         Raises:
             ConfigError: the configuration has a mistake, or there is no link of that name.
@@ -95,6 +97,7 @@ class Supervisor:
         self._load = load
         self._names = tuple(names)
         self._notice_port = notice_port
+        self._until_detached = until_detached
         self._reports: queue.SimpleQueue[_Report] = queue.SimpleQueue()
         self._wanted: dict[str, LinkSpec] = {}
         self._stopping = False
@@ -137,6 +140,8 @@ class Supervisor:
                 self._survey_if_due(now)
                 self._act(now)
                 self._tell()
+                if self._until_detached and all(each.detached for each in self.links.values()):
+                    break
                 selector.select(self._sleep(watchdog))
                 if watchdog is not None:
                     notify("WATCHDOG=1")

@@ -21,9 +21,19 @@ def test_each_pause_is_longer_than_the_one_before():
     assert pauses(backoff, 5) == [0, 1, 2, 4, 8]
 
 
-def test_the_first_pauses_stay_short():
-    backoff = Backoff(first=1, factor=2, quick=3, longest=100, jitter=0)
-    assert pauses(backoff, 7) == [0, 1, 1, 1, 1, 2, 4]
+def test_for_some_seconds_the_pauses_stay_short():
+    backoff = Backoff(first=1, factor=2, quick=4, longest=100, jitter=0)
+    now, found = 100.0, []
+    for _ in range(8):
+        again = backoff.failed(now)
+        found.append(again - now)
+        now = again
+    assert found == [0, 1, 1, 1, 1, 1, 2, 4]
+
+
+def test_slow_attempts_have_no_more_time_than_fast_ones():
+    backoff = Backoff(first=1, factor=2, quick=5, longest=100, jitter=0)
+    assert [backoff.failed(at) - at for at in (100.0, 103.0, 106.0, 109.0)] == [0, 1, 1, 2]
 
 
 def test_no_pause_is_longer_than_the_longest():
@@ -62,8 +72,9 @@ def test_a_hint_that_the_server_is_back_ends_the_waiting():
 
 @given(st.integers(2, 5000), st.floats(0, 1, exclude_max=True))
 def test_jitter_keeps_a_pause_near_what_it_would_be(attempts, dice):
-    plain = Backoff(jitter=0)
-    shaken = Backoff(jitter=0.25, dice=lambda: dice)
-    plain.attempts = shaken.attempts = attempts - 1
-    expected = plain.failed(0.0)
-    assert 0.75 * expected <= shaken.failed(0.0) <= 1.25 * expected
+    plain = Backoff(jitter=0, quick=0)
+    shaken = Backoff(jitter=0.25, quick=0, dice=lambda: dice)
+    for backoff in (plain, shaken):
+        pauses(backoff, attempts)
+    expected = plain.failed(100.0) - 100.0
+    assert 0.7499 * expected <= shaken.failed(100.0) - 100.0 <= 1.2501 * expected
