@@ -164,6 +164,12 @@ def test_each_verb_has_a_manual_page_with_all_its_options(verb):
     assert described <= options
 
 
+def test_options_may_stand_between_the_target_and_the_device(capsys):
+    words = ["attach", "host", "--name", "x", "/dev/nbd0", "--timeout", "0"]
+    assert main(words) == 2
+    assert "a timeout of 0 seconds is not possible" in capsys.readouterr().err
+
+
 def test_the_manual_names_every_verb():
     page = (MAN / "nbdlink.8").read_text()
     for verb in VERBS:

@@ -357,6 +357,15 @@ def test_a_device_is_not_made_larger_than_its_export(server, attach, capsys):
     assert f"the export has only {SIZE} bytes" in capsys.readouterr().err
 
 
+def test_a_device_does_not_shrink_unasked(serve, attach, capsys):
+    server = serve("nbdkit")
+    index = attach(server.uri)
+    os.truncate(server.image, SIZE // 2)
+    assert main(["resize", f"/dev/nbd{index}"]) == 2
+    assert f"the export has {SIZE // 2} bytes now, less than the device" in capsys.readouterr().err
+    assert sysfs.size(index) == SIZE
+
+
 def test_partitions_follow_a_resize(serve, attach, image):
     server = serve("nbdlink")
     index = attach(server.uri)

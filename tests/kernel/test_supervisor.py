@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from nbdlink import kernel
 from nbdlink.cli.main import main
 from nbdlink.kernel import sysfs
 from nbdlink.link import record
+from tests.certificates import Authority
 from tests.interop.peers import MISSING
 
 from .conftest import PATIENCE, free_all, until
@@ -401,3 +404,81 @@ def test_attach_may_stay_and_renew(server, tmp_path):
         until(lambda: live() == 1)
         process.terminate()
         assert process.wait(PATIENCE) == 0
+
+
+def test_who_stays_for_one_link_ends_with_it(server):
+    server.start()
+    environment = {**os.environ, "NBDLINK_RUNTIME_DIRECTORY": str(record.DIRECTORY)}
+    words = ["attach", "--supervise", "--name", "data", server.uri]
+    with subprocess.Popen(
+        [sys.executable, "-m", "nbdlink", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdout.readline() == "/dev/nbd0\n"
+        assert main(["detach", "data"]) == 0
+        assert process.wait(PATIENCE) == 0
+
+
+class Tamperer:
+    """Stands between a client and a server, and alters a byte when it is told to."""
+
+    def __init__(self, port):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._server = port
+        self._armed = threading.Event()
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            with contextlib.suppress(OSError):
+                server = socket.create_connection(("127.0.0.1", self._server))
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    def _copy(self, source, sink):
+        with source, contextlib.suppress(OSError):
+            while data := bytearray(source.recv(65536)):
+                if self._armed.is_set():
+                    self._armed.clear()
+                    data[-1] ^= 1
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def alter_something(self):
+        self._armed.set()
+
+    def close(self):
+        self._listener.close()
+
+
+@pytest.mark.parametrize("road", ["kernel", "relay"])
+def test_a_connection_that_is_tampered_with_is_renewed(supervise, image, tmp_path, servers, road):
+    authority = Authority()
+    credentials = authority.write_directory(
+        tmp_path / "pki", server=authority.issue(), client=authority.issue("me", role="client")
+    )
+    server = Restartable("nbdlink", image, tmp_path, credentials=credentials).start()
+    between = Tamperer(server.port)
+    try:
+        uri = f"nbds://localhost:{between.port}/data"
+        words = ["--tls-certificates", str(credentials), "--tls-road", road]
+        words += ["--dead-timeout", "100", "--timeout", "5", "--name", "data"]
+        assert main(["attach", uri, *words]) == 0
+        supervisor = supervise()
+        supervisor.until("data .*: adopted")
+        between.alter_something()
+        # What is on its way is asked for again when its time is up.
+        assert Path("/dev/nbd0").read_bytes() == image.read_bytes()
+        supervisor.until("channels 0 renewed")
+    finally:
+        between.close()
+        server.kill()
