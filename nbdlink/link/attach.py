@@ -92,7 +92,7 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
         wires, routes, export = _negotiate_all(spec, securities, session, stack)
         _binding(spec, index, [wire.fileno() for wire in wires], export)  # before a relay starts
         name = spec.name or (f"nbd{index}" if index is not None else spec.target.address)
-        channels = channel.prepare(wires, spec.tls_road, name, stack)
+        channels = channel.prepare(wires, spec.tls_road, name, stack, timeout=spec.timeout)
         known = [
             replace(each, route=str(r)) for each, r in zip(channels.known, routes, strict=True)
         ]

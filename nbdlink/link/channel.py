@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from nbdlink.errors import TLSError
 from nbdlink.kernel.sockets import inode
@@ -34,7 +34,15 @@ class Channels:
     known: tuple[Channel, ...]
 
 
-def prepare(wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack) -> Channels:
+_TAKEN_WITHIN: Final = 0.8
+"""Share of a request's timeout within which a server's machine has to take what is sent to it."""
+_PROBES: Final = 4
+"""How often within that time an idle server is asked whether it lives."""
+
+
+def prepare(
+    wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack, *, timeout: int
+) -> Channels:
     """Make connections in transmission ready for the kernel.
 
     Args:
@@ -42,6 +50,7 @@ def prepare(wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack) -
         road: who is to do TLS.
         name: the device's or link's name, for the log of a relay.
         stack: closes the sockets.
+        timeout: seconds after which the kernel sends a request again, by another connection.
 
     Raises:
         TLSError: the kernel was asked for and cannot do it.
@@ -51,6 +60,7 @@ def prepare(wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack) -
     known: list[Channel] = []
     relayed: list[TLSStream] = []
     for wire in wires:
+        _limit(wire, timeout)
         if isinstance(wire, socket.socket):
             sockets.append(wire)
             known.append(Channel("none"))
@@ -89,3 +99,22 @@ def prepare(wires: Sequence[Wire], road: TLSRoad, name: str, stack: ExitStack) -
         for each, sock in zip(known, ready, strict=True)
     )
     return Channels(ready, tuple(told))
+
+
+def _limit(wire: Wire, timeout: int) -> None:
+    """Have a connection end, and forget what it has to send, before its requests time out.
+
+    The kernel sends a request that timed out again at once, by another connection of the device
+    if one lives. TCP would still try to deliver the first one, for many minutes, and a write
+    that arrives so late overtakes what was written since: only the successor of its own
+    connection fences it, and not every server does. What TCP has given up never arrives.
+    """
+    if wire.family == socket.AF_UNIX:
+        return
+    seconds = _TAKEN_WITHIN * timeout
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+    # With that, how many probes an idle server leaves unanswered does not count any more
+    # (`tcp_keepalive_timer`): only the time does, after the first of them.
+    pause = max(1, int(seconds / _PROBES))
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, pause)
+    wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, pause)

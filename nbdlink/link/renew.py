@@ -241,6 +241,7 @@ class _Attempt:
             self._count(numbers)
             wires: list[Wire] = []
             taken: list[Target] = []
+            numbers = list(numbers)
             for number in numbers:
                 try:
                     wire, route = self._connect(number, elsewhere=not alive)
@@ -251,8 +252,18 @@ class _Attempt:
                 stack.callback(wire.close)
                 wires.append(wire)
                 taken.append(route)
+                if not alive and len(wires) == len(numbers):
+                    # What was on its way on a channel that has died meanwhile will be sent again
+                    # on the first one that there is: so the server has to fence that channel, too,
+                    # before the kernel gets any.
+                    late = [each for each in health(self.known).dead if each not in numbers]
+                    if late:
+                        self._count(late)
+                        numbers += late
             name = self.known.name or f"nbd{self.known.index}"
-            ready = channel.prepare(wires, self.spec.tls_road, name, stack)
+            ready = channel.prepare(
+                wires, self.spec.tls_road, name, stack, timeout=self.known.timeout
+            )
             new = {
                 number: replace(
                     each, route=str(route), generation=self.known.channels[number].generation

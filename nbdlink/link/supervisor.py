@@ -106,8 +106,9 @@ class Supervisor:
         self._farewell = Farewell()
         self._status = ""
         self._configure(load())
-        for name in self._names:
-            record.unmark_detached(name)  # who names it wants it
+        if not until_detached:
+            for name in self._names:
+                record.unmark_detached(name)  # who names it wants it
 
     def run(self) -> None:
         """Look after the links until SIGTERM or SIGINT; devices stay attached.

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 from nbdlink.uri import Target
 from tests.interop.peers import _greets
@@ -30,6 +31,7 @@ class Restartable:
         self._credentials = credentials
         self.target = Target("127.0.0.1", self.port, export="data", tls=credentials is not None)
         self._process = None
+        self._lock = threading.RLock()
 
     @property
     def uri(self):
@@ -48,26 +50,35 @@ class Restartable:
 
     def start(self, *options):
         """Start it; it greets when this returns."""
-        assert self._process is None
-        self._options = options or self._options
-        with (self._folder / f"server-{self.port}.log").open("a") as log:
-            self._process = subprocess.Popen(
-                [str(word) for word in self.command()],
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-                start_new_session=True,
-            )
-        # Whoever is first in line gets the greeting; this server only has to be there.
-        until(lambda: self._process.poll() is not None or _greets(self.target))
-        assert self._process.poll() is None, self.log()
+        with self._lock:
+            assert self._process is None
+            self._options = options or self._options
+            with (self._folder / f"server-{self.port}.log").open("a") as log:
+                self._process = subprocess.Popen(
+                    [str(word) for word in self.command()],
+                    stdout=subprocess.DEVNULL,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            # Whoever is first in line gets the greeting; this server only has to be there.
+            until(lambda: self._process.poll() is not None or _greets(self.target))
+            assert self._process.poll() is None, self.log()
         return self
 
     def kill(self):
         """End it as a crash does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+                self._process = None
+
+    def revive(self):
+        """Start it again if it has ended by itself."""
+        with self._lock:
+            if self._process is not None and self._process.poll() is not None:
+                self._process = None
+                self.start()
 
     def restart(self):
         self.kill()
