@@ -82,6 +82,7 @@ bench-roads: ## a device's TLS in the kernel, beside the relay and nbd-client's 
 bench-recovery: ## how soon a device answers when its server is back, likewise
 	@vagrant/provision.sh test
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
+	@$(python) -m compileall -q nbdlink bench
 	@mkdir -p docs/benchmarks
 	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 1800 --rw docs/benchmarks -- \
 	    $(venv)/bin/python -m bench.recovery --output docs/benchmarks/recovery.md \

@@ -17,8 +17,11 @@ FIRST: Final = 0.05
 FACTOR: Final = 2.0
 QUICK: Final = 5.0
 """Seconds for which the pauses stay short, from the first failure on."""
+SOON: Final = 1.0
+"""Seconds between two attempts, at most, in the first minute: the time of a reboot."""
 LONGEST: Final = 5.0
-"""Seconds between two attempts, at most: a server that is back is not kept waiting for longer."""
+"""The same after that: a server that is back is not kept waiting for longer."""
+_MINUTE: Final = 60.0
 JITTER: Final = 0.25
 """Share of a pause by which it may be shorter or longer, so that a hundred clients of a server
 that is back do not come all at once, again and again."""
@@ -40,6 +43,7 @@ class Backoff:
         first: float = FIRST,
         factor: float = FACTOR,
         quick: float = QUICK,
+        soon: float = SOON,
         longest: float = LONGEST,
         jitter: float = JITTER,
         calm: float = CALM,
@@ -51,7 +55,8 @@ class Backoff:
             first: seconds of the first pause.
             factor: by how much each pause is longer than the one before.
             quick: seconds from the first failure on in which they do not get longer.
-            longest: seconds of a pause, at most, before jitter.
+            soon: seconds of a pause, at most, before jitter, in the first minute.
+            longest: the same after that.
             jitter: share by which a pause is shorter or longer, below 1.
             calm: seconds that a success must last to count.
             dice: gives a number from 0 up to 1.
@@ -62,6 +67,7 @@ class Backoff:
         self._first = first
         self._factor = factor
         self._quick = quick
+        self._soon = soon
         self._longest = longest
         self._jitter = jitter
         self._calm = calm
@@ -89,7 +95,8 @@ class Backoff:
             self._longer += 1
         # The exponent is bounded: after a weekend of attempts there is no float for the power.
         exponent = min(max(0, self._longer - 1), 60)
-        pause = min(self._longest, self._first * self._factor**exponent)
+        most = self._soon if now - self._begun < _MINUTE else self._longest
+        pause = min(most, self._first * self._factor**exponent)
         return now + pause * (1 + self._jitter * (2 * self._dice() - 1))
 
     def succeeded(self, now: float) -> None:

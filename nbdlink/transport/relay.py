@@ -34,8 +34,6 @@ _CHUNK: Final = 256 * 1024
 """Bytes that are moved at a time, at most."""
 _FAREWELL: Final = 5
 """Seconds that a server has to end its side once the kernel has ended ours."""
-_UNTAKEN: Final = 60
-"""Seconds that a server may leave what it was sent unacknowledged."""
 _BEGINNING: Final = 30
 """Seconds that the process has to begin."""
 _STACK: Final = 256 * 1024
@@ -52,7 +50,8 @@ def start(streams: Sequence[TLSStream], name: str) -> tuple[int, list[socket.soc
     may fail, if one of them holds a lock that the process needs.
 
     Args:
-        streams: connections in transmission; useless to the caller afterwards.
+        streams: connections in transmission, whose sockets give up by themselves what a server
+            does not take (TCP_USER_TIMEOUT); useless to the caller afterwards.
         name: what the process is for, for the system's log.
 
     Returns:
@@ -198,10 +197,6 @@ def _relay(stream: TLSStream, end: socket.socket, name: str) -> None:
     """Copy both ways until one side ends."""
     stream.release()
     stream.settimeout(None)
-    if stream.family != socket.AF_UNIX:
-        # What a server that has vanished has not taken would keep the process for 15 minutes.
-        milliseconds = _UNTAKEN * 1000
-        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     ended = threading.Event()
     up = threading.Thread(target=_copy_up, args=(stream, end, ended), name="up")
     up.start()

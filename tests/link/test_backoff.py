@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,12 +18,12 @@ def test_the_first_failure_is_answered_at_once():
 
 
 def test_each_pause_is_longer_than_the_one_before():
-    backoff = Backoff(first=1, factor=2, quick=0, longest=100, jitter=0)
+    backoff = Backoff(first=1, factor=2, quick=0, soon=100, longest=100, jitter=0)
     assert pauses(backoff, 5) == [0, 1, 2, 4, 8]
 
 
 def test_for_some_seconds_the_pauses_stay_short():
-    backoff = Backoff(first=1, factor=2, quick=4, longest=100, jitter=0)
+    backoff = Backoff(first=1, factor=2, quick=4, soon=100, longest=100, jitter=0)
     now, found = 100.0, []
     for _ in range(8):
         again = backoff.failed(now)
@@ -31,13 +32,20 @@ def test_for_some_seconds_the_pauses_stay_short():
     assert found == [0, 1, 1, 1, 1, 1, 2, 4]
 
 
+def test_in_the_first_minute_no_pause_is_long():
+    backoff = Backoff(quick=0, jitter=0)
+    early = [backoff.failed(0.0 + second) - second for second in range(60)]
+    late = [backoff.failed(60.0 + second) - 60.0 - second for second in range(60)]
+    assert (max(early), max(late)) == (pytest.approx(1), pytest.approx(5))
+
+
 def test_slow_attempts_have_no_more_time_than_fast_ones():
-    backoff = Backoff(first=1, factor=2, quick=5, longest=100, jitter=0)
+    backoff = Backoff(first=1, factor=2, quick=5, soon=100, longest=100, jitter=0)
     assert [backoff.failed(at) - at for at in (100.0, 103.0, 106.0, 109.0)] == [0, 1, 1, 2]
 
 
 def test_no_pause_is_longer_than_the_longest():
-    backoff = Backoff(first=1, factor=2, quick=0, longest=10, jitter=0)
+    backoff = Backoff(first=1, factor=2, quick=0, soon=10, longest=10, jitter=0)
     assert pauses(backoff, 2000)[-1] == 10
 
 
@@ -49,14 +57,14 @@ def test_a_success_that_lasts_begins_anew():
 
 
 def test_a_success_that_does_not_last_changes_nothing():
-    backoff = Backoff(first=1, factor=2, quick=0, longest=100, jitter=0, calm=10)
+    backoff = Backoff(first=1, factor=2, quick=0, soon=100, longest=100, jitter=0, calm=10)
     pauses(backoff, 3)
     backoff.succeeded(200.0)
     assert backoff.failed(209.0) == 209.0 + 4
 
 
 def test_a_short_success_is_forgotten_with_its_failure():
-    backoff = Backoff(first=1, factor=2, quick=0, longest=100, jitter=0, calm=10)
+    backoff = Backoff(first=1, factor=2, quick=0, soon=100, longest=100, jitter=0, calm=10)
     backoff.failed(0.0)
     backoff.succeeded(0.0)
     backoff.failed(1.0)
