@@ -339,7 +339,7 @@ HEAD = """\
 
 `make bench-recovery` writes this page, in a virtual machine. The server of an attached device is
 killed and started again; `nbdlink supervise` looks after the device. While the server is away a
-supervisor tries twenty times a second for five seconds, then ever more slowly; one that the
+supervisor tries twenty times a second for five seconds, then once a second; one that the
 server tells of its return (`serve --remember-clients`) tries at once.
 """
 
