@@ -332,8 +332,8 @@ def check_name(name: str) -> str:
         raise ConfigError(
             f"{name!r} cannot name a link", hint="use up to 64 letters, digits, and - _ . : @"
         )
-    if name in (".", ".."):
-        raise ConfigError(f"{name!r} cannot name a link", hint="it would be a folder")
+    if name.startswith("."):
+        raise ConfigError(f"{name!r} cannot name a link", hint="it would be hidden, or a folder")
     if name.startswith("nbd") and name[3:].isdigit():
         raise ConfigError(f"{name!r} is the name of a device", hint="choose another name")
     return name
