@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from types import FrameType
@@ -111,7 +112,7 @@ def _listen(stack: contextlib.ExitStack) -> tuple[Events | None, list[str]]:
     return events, events.unheard
 
 
-class _Display:
+class _Display(ABC):
     """Where it is shown.
 
     Attributes:
@@ -120,14 +121,14 @@ class _Display:
 
     keys: int | None = None
 
+    @abstractmethod
     def show(self, observer: Observer, notices: list[Notice], *, measured: bool) -> None:
         """Show what there is now; `measured` if the rates are new."""
-        raise NotImplementedError
 
-    def suspend(self) -> None:
+    def suspend(self) -> None:  # noqa: B027 (most displays have none to give)
         """Give the terminal back, as the process is about to be stopped."""
 
-    def resume(self) -> None:
+    def resume(self) -> None:  # noqa: B027
         """Take it again; also if its size has changed."""
 
 

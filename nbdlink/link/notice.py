@@ -14,7 +14,6 @@ import errno
 import logging
 import socket
 import time
-from types import TracebackType
 from typing import Final
 
 from nbdlink.protocol.claim import NOTICE
@@ -99,12 +98,7 @@ class Notices:
     def __enter__(self) -> Notices:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

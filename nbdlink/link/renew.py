@@ -22,7 +22,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -91,17 +91,23 @@ class Renewal:
     failures: tuple[tuple[Target, NBDError], ...] = ()
 
 
-def health(known: Record) -> Health:
+def health(
+    known: Record, look: Callable[[Collection[int]], set[int] | None] = sockets.connected
+) -> Health:
     """Tell which of a device's channels are connected.
 
     Of channels whose socket is not known (the record was lost), or cannot be seen from here (it
     is in another network namespace), only the number of the dead is: then the first ones are
     said to be.
+
+    Args:
+        known: the device.
+        look: gives those of some inodes that are connected; for who has looked already.
     """
     numbers = range(len(known.channels))
     here = network()
     visible = {n: each.inode for n, each in enumerate(known.channels) if each.network == here}
-    alive = sockets.connected([inode for inode in visible.values() if inode])
+    alive = look([inode for inode in visible.values() if inode])
     live = [n for n, inode in visible.items() if alive is not None and inode in alive]
     unknown = [n for n in numbers if alive is None or not visible.get(n)]
     if unknown:

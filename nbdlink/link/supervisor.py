@@ -24,7 +24,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -287,11 +287,12 @@ class Supervisor:
             if name not in found and not link.busy and (adopted := _adopt(spec)):
                 _log.info("%s: adopted %s, of which nothing was recorded", name, adopted.title)
                 found[name] = adopted
+        look = _looked({each.inode for known in found.values() for each in known.channels})
         for key, known in found.items():
             if key not in self.links:
                 self.links[key] = Watched(known.title)
                 _log.info("%s: adopted", known.title)
-            self._see(self.links[key], known)
+            self._see(self.links[key], known, look)
         for key, link in list(self.links.items()):
             if key not in found:
                 self._miss(key, link)
@@ -306,7 +307,9 @@ class Supervisor:
         else:
             self._next_survey = 0.0
 
-    def _see(self, link: Watched, known: Record) -> None:
+    def _see(
+        self, link: Watched, known: Record, look: Callable[..., set[int] | None] = sockets.connected
+    ) -> None:
         """Take note of what a device is like."""
         if link.spec is not None and known.spec and not link.compared:
             link.compared = True
@@ -328,7 +331,7 @@ class Supervisor:
         link.digest = None if session is None else digest_of(session)
         before = link.health.dead if link.health else ()
         if known.road == "netlink":
-            link.health = health(known)
+            link.health = health(known, look)
         else:
             self._see_ioctl(link, known)
         if link.health and link.health.dead and link.health.dead != before and not link.busy:
@@ -571,6 +574,12 @@ def _take_descriptors() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _looked(inodes: Iterable[int | None]) -> Callable[[Collection[int]], set[int] | None]:
+    """Look at all these sockets at once; the kernel lists every one of the machine each time."""
+    alive = sockets.connected([inode for inode in inodes if inode])
+    return lambda wanted: None if alive is None else alive.intersection(wanted)
 
 
 def _watchdog_seconds() -> float | None:
