@@ -33,7 +33,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from nbdlink.errors import KernelError
-from nbdlink.kernel import module
+from nbdlink.kernel import module, nlmsg
 
 if TYPE_CHECKING:
     from nbdlink.kernel.udev import Uevents
@@ -42,12 +42,8 @@ if TYPE_CHECKING:
 # for six numbers. `include/uapi/linux/genetlink.h`, `include/uapi/linux/nbd-netlink.h`.
 _NETLINK_GENERIC = 16
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
 _GENERIC = struct.Struct("=BBH")  # struct genlmsghdr: command, version, reserved
-_ATTRIBUTE = struct.Struct("=HH")  # struct nlattr: length with itself, type
 _NUMBER = struct.Struct("=I")
-_TYPE_MASK = 0x3FFF  # NLA_TYPE_MASK: two flags share the field
-_NLM_F_REQUEST = 1
 
 _CONTROL = 0x10
 """GENL_ID_CTRL, both the number of the family `nlctrl` and that of its group `notify`."""
@@ -193,10 +189,9 @@ class Events:
         if self._links is None or not module.loaded():
             return
         name = _NBD + b"\0"
-        attribute = _ATTRIBUTE.pack(_ATTRIBUTE.size + len(name), _FAMILY_NAME) + name
+        attribute = nlmsg.attribute(_FAMILY_NAME, name)
         body = _GENERIC.pack(_GETFAMILY, 1, 0) + attribute
-        header = _HEADER.pack(_HEADER.size + len(body), _CONTROL, _NLM_F_REQUEST, 0, 0)
-        self._links.send(header + body)
+        self._links.send(nlmsg.message(_CONTROL, nlmsg.REQUEST, body))
 
     def _read_links(self) -> Iterator[Event]:
         for _ in range(_MOST_AT_ONCE):
@@ -215,7 +210,7 @@ class Events:
                 self._ask_for_family()
                 yield Event(EventKind.LOST)
                 continue
-            for kind, command, attributes in _messages(packet):
+            for kind, command, attributes in _told(packet):
                 yield from self._heard(kind, command, attributes)
 
     def _heard(self, kind: int, command: int, attributes: dict[int, bytes]) -> Iterator[Event]:
@@ -230,8 +225,8 @@ class Events:
     def _join(self, family: dict[int, bytes]) -> bool:
         """Join the driver's group if the announcement tells it; tell whether it did."""
         assert self._links is not None
-        for _, group in _attributes(family.get(_MCAST_GROUPS, b"")):
-            described = dict(_attributes(group))
+        for _, group in nlmsg.attributes(family.get(_MCAST_GROUPS, b"")):
+            described = dict(nlmsg.attributes(group))
             if described.get(_GROUP_NAME, b"").rstrip(b"\0") != _NBD_GROUP:
                 continue
             (number,) = _NUMBER.unpack(described[_GROUP_ID])
@@ -266,23 +261,10 @@ class Events:
 _KINDS = {"add": EventKind.ADDED, "remove": EventKind.REMOVED, "change": EventKind.CHANGED}
 
 
-def _messages(packet: bytes) -> Iterator[tuple[int, int, dict[int, bytes]]]:
-    """Take a datagram apart: the type, the command and the attributes of each message."""
-    while len(packet) >= _HEADER.size:
-        length, kind, _, _, _ = _HEADER.unpack_from(packet)
-        if length < _HEADER.size:
-            return
-        body = packet[_HEADER.size : length]
+def _told(packet: bytes) -> Iterator[tuple[int, int, dict[int, bytes]]]:
+    """Take a datagram apart: the family, the command and the attributes of each message."""
+    for kind, whole in nlmsg.messages(packet):
+        body = whole[nlmsg.HEADER.size :]
         if kind >= _CONTROL and len(body) >= _GENERIC.size:
             command, _, _ = _GENERIC.unpack_from(body)
-            yield kind, command, dict(_attributes(body[_GENERIC.size :]))
-        packet = packet[(length + 3) & ~3 :]
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        if length < _ATTRIBUTE.size:
-            return
-        yield kind & _TYPE_MASK, data[_ATTRIBUTE.size : length]
-        data = data[(length + 3) & ~3 :]
+            yield kind, command, dict(nlmsg.attributes(body[_GENERIC.size :]))

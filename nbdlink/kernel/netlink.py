@@ -15,7 +15,6 @@ import contextlib
 import errno
 import os
 import socket
-import struct
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
@@ -24,7 +23,7 @@ from threading import RLock
 from typing import Any
 
 from nbdlink.errors import DeviceBusyError, KernelError
-from nbdlink.kernel import module
+from nbdlink.kernel import module, nlmsg
 
 
 def _defer_package_initialisation() -> None:
@@ -74,10 +73,6 @@ _CONNECT, _DISCONNECT, _RECONFIGURE, _STATUS = 1, 2, 3, 5
 _NETLINK_GENERIC = 16
 _GENL_ID_CTRL = 0x10
 _CTRL_CMD_GETFAMILY = 3
-_NLM_F_REQUEST, _NLM_F_ACK = 1, 4
-_NLMSG_ERROR = 2
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence, port
-_ERROR = struct.Struct("=i")
 _RECEIVE_BYTES = 1 << 20
 """STATUS lists every device in one message; 20 bytes each, and there may be 32768."""
 
@@ -347,22 +342,19 @@ def _exchange(sock: socket.socket, message: Any, message_type: int) -> list[byte
     """
     header = message["header"]
     header["type"] = message_type
-    header["flags"] = _NLM_F_REQUEST | _NLM_F_ACK
+    header["flags"] = nlmsg.REQUEST | nlmsg.ACK
     header["sequence_number"] = 1
     message.encode()
     sock.send(bytes(message.data))
     replies: list[bytes] = []
     while True:
-        packet = sock.recv(_RECEIVE_BYTES)
-        while len(packet) >= _HEADER.size:
-            length, kind, _, _, _ = _HEADER.unpack_from(packet)
-            if kind == _NLMSG_ERROR:
-                (code,) = _ERROR.unpack_from(packet, _HEADER.size)
-                if code:
-                    raise OSError(-code, os.strerror(-code))
+        for kind, whole in nlmsg.messages(sock.recv(_RECEIVE_BYTES)):
+            if kind != nlmsg.ERROR:
+                replies.append(whole)
+            elif code := nlmsg.error_of(whole):
+                raise OSError(code, os.strerror(code))
+            else:
                 return replies
-            replies.append(packet[:length])
-            packet = packet[(length + 3) & ~3 :]
 
 
 def _decoded(kind: Any, data: bytes) -> Any:

@@ -26,21 +26,17 @@ from collections.abc import Collection, Iterator
 from typing import Final
 
 from nbdlink.errors import KernelError
-from nbdlink.kernel import module
+from nbdlink.kernel import module, nlmsg
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _SOCK_DESTROY: Final = 21
-_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 1, 4, 0x300
-_NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _ESTABLISHED: Final = 1
 _EVERY_STATE: Final = 0xFFF
 _NO_IPV6: Final = (FileNotFoundError,)
 _UDIAG_SHOW_NOTHING: Final = 0
 _UNIX_DIAG_SHUTDOWN: Final = 6
 
-_HEADER: Final = struct.Struct("=IHHII")
-_ERROR: Final = struct.Struct("=i")
 _INET_REQUEST: Final = struct.Struct("=BBBBI48s")
 """struct inet_diag_req_v2: family, protocol, extensions, padding, states, socket."""
 _INET_MESSAGE: Final = struct.Struct("=BBBB48sIIIII")
@@ -50,7 +46,6 @@ _UNIX_REQUEST: Final = struct.Struct("=BBHIIIII")
 """struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie."""
 _UNIX_MESSAGE: Final = struct.Struct("=BBBBIII")
 """struct unix_diag_msg: family, type, state, padding, inode, cookie."""
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _RECEIVE_BYTES: Final = 1 << 16
 
 
@@ -132,35 +127,27 @@ def _unix() -> Iterator[tuple[int, bool]]:
         yield number, state == _ESTABLISHED and not _shutdown(body[_UNIX_MESSAGE.size :])
 
 
-def _shutdown(attributes: bytes) -> int:
+def _shutdown(data: bytes) -> int:
     """Give which directions of a Unix socket have been shut down."""
-    while len(attributes) > _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(attributes)
-        if kind == _UNIX_DIAG_SHUTDOWN:
-            return attributes[_ATTRIBUTE.size]
-        attributes = attributes[(max(length, _ATTRIBUTE.size) + 3) & ~3 :]
-    return 0
+    content = dict(nlmsg.attributes(data)).get(_UNIX_DIAG_SHUTDOWN)
+    return content[0] if content else 0
 
 
 def _dump(request: bytes) -> Iterator[bytes]:
     with _open() as sock:
-        sock.send(_message(_SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, request))
+        sock.send(nlmsg.message(_SOCK_DIAG_BY_FAMILY, nlmsg.REQUEST | nlmsg.DUMP, request))
         yield from _answers(sock)
 
 
 def _send(kind: int, request: bytes) -> None:
     with _open() as sock:
-        sock.send(_message(kind, _NLM_F_REQUEST | _NLM_F_ACK, request))
+        sock.send(nlmsg.message(kind, nlmsg.REQUEST | nlmsg.ACK, request))
         for _ in _answers(sock):
             pass
 
 
 def _open() -> socket.socket:
     return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG)
-
-
-def _message(kind: int, flags: int, body: bytes) -> bytes:
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags, 1, 0) + body
 
 
 def _answers(sock: socket.socket) -> Iterator[bytes]:
@@ -170,13 +157,10 @@ def _answers(sock: socket.socket) -> Iterator[bytes]:
         OSError: the answer was an error.
     """
     while True:
-        packet = sock.recv(_RECEIVE_BYTES)
-        while len(packet) >= _HEADER.size:
-            length, kind, _, _, _ = _HEADER.unpack_from(packet)
-            if kind in (_NLMSG_ERROR, _NLMSG_DONE):
-                code = _ERROR.unpack_from(packet, _HEADER.size)[0] if length > _HEADER.size else 0
-                if code:
-                    raise OSError(-code, os.strerror(-code))
+        for kind, whole in nlmsg.messages(sock.recv(_RECEIVE_BYTES)):
+            if kind not in (nlmsg.ERROR, nlmsg.DONE):
+                yield whole[nlmsg.HEADER.size :]
+            elif code := nlmsg.error_of(whole):
+                raise OSError(code, os.strerror(code))
+            else:
                 return
-            yield packet[_HEADER.size : length]
-            packet = packet[(length + 3) & ~3 :]
