@@ -140,7 +140,7 @@ def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str,
 def _channels(known: Record) -> list[dict[str, Any]]:
     from nbdlink.kernel import sockets
 
-    alive = sockets.connected([each.inode for each in known.channels if each.inode])
+    alive = sockets.connected([each.cookie for each in known.channels if each.cookie])
     return [
         {
             "tls": each.tls,
@@ -148,7 +148,7 @@ def _channels(known: Record) -> list[dict[str, Any]]:
             "cipher": each.cipher,
             "reason": each.reason,
             "route": each.route,
-            "alive": None if alive is None or each.inode is None else each.inode in alive,
+            "alive": None if alive is None or each.cookie is None else each.cookie in alive,
             "generation": each.generation,
             "relay": each.relay,
         }

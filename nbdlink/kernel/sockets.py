@@ -1,11 +1,11 @@
 """Which of the sockets that the kernel was given are still connected, and how to end one.
 
-The nbd driver does not tell which of a device's connections are dead. But a socket keeps its
-inode number for as long as the driver holds it, and the socket diagnosis of the kernel
-(sock_diag(7)) lists sockets by inode with their state. When the driver gives a connection up it
-shuts the socket down (`nbd_mark_nsock_dead`), which shows there; so it does when the peer has
-closed it. A peer that has vanished without a goodbye shows as connected, until a request times
-out.
+The nbd driver does not tell which of a device's connections are dead. But each socket has a
+cookie, a number that no other one gets until the machine is booted again (SO_COOKIE), and the
+socket diagnosis of the kernel (sock_diag(7)) lists sockets with their cookie and state. When
+the driver gives a connection up it shuts the socket down (`nbd_mark_nsock_dead`), which shows
+there; so it does when the peer has closed it. A peer that has vanished without a goodbye shows
+as connected, until a request times out.
 
 The same interface can end a TCP connection that no process has open any more (SOCK_DESTROY,
 `CONFIG_INET_DIAG_DESTROY`; `ss -K` uses it). For Unix sockets there is no such thing.
@@ -41,28 +41,33 @@ _INET_REQUEST: Final = struct.Struct("=BBBBI48s")
 """struct inet_diag_req_v2: family, protocol, extensions, padding, states, socket."""
 _INET_MESSAGE: Final = struct.Struct("=BBBB48sIIIII")
 """struct inet_diag_msg: family, state, timer, retransmissions, socket, expires, receive queue,
-send queue, user, inode."""
+send queue, user, inode. The socket's last part is its cookie."""
 _UNIX_REQUEST: Final = struct.Struct("=BBHIIIII")
 """struct unix_diag_req: family, protocol, padding, states, inode, what to show, cookie."""
 _UNIX_MESSAGE: Final = struct.Struct("=BBBBIII")
 """struct unix_diag_msg: family, type, state, padding, inode, cookie."""
+_SO_COOKIE: Final = 57  # include/uapi/asm-generic/socket.h; not in Python's module
+_COOKIE: Final = struct.Struct("=Q")
+_HALVES: Final = struct.Struct("=II")
+"""A cookie as the diagnosis gives it: its lower half first, whatever the machine's order."""
 _RECEIVE_BYTES: Final = 1 << 16
 
 
-def inode(sock: socket.socket) -> int:
+def cookie(sock: socket.socket) -> int:
     """Give the number by which a socket is known here, for as long as anybody has it."""
-    return os.fstat(sock.fileno()).st_ino
+    (number,) = _COOKIE.unpack(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, _COOKIE.size))
+    return int(number)
 
 
-def connected(inodes: Collection[int]) -> set[int] | None:
-    """Give those of the inodes that are sockets which are still connected both ways.
+def connected(cookies: Collection[int]) -> set[int] | None:
+    """Give those of the cookies whose sockets are still connected both ways.
 
     Sees the sockets of its own network namespace only.
 
     Returns:
-        A subset of `inodes`, or None if the kernel does not tell.
+        A subset of `cookies`, or None if the kernel does not tell.
     """
-    wanted = frozenset(inodes)
+    wanted = frozenset(cookies)
     if not wanted:
         return set()
     try:
@@ -75,7 +80,7 @@ def connected(inodes: Collection[int]) -> set[int] | None:
 
 
 def destroy(number: int) -> bool:
-    """End the TCP connection with this inode, at once: both sides see it broken.
+    """End the TCP connection that has this cookie, at once: both sides see it broken.
 
     Returns:
         Whether there was such a connection.
@@ -106,7 +111,7 @@ def destroy(number: int) -> bool:
 
 
 def _inet() -> Iterator[tuple[int, int, bytes, bool]]:
-    """Give inode, family, identity and life of every TCP socket."""
+    """Give cookie, family, identity and life of every TCP socket."""
     for family in (socket.AF_INET, socket.AF_INET6):
         request = _INET_REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _EVERY_STATE, bytes(48))
         # A kernel may be without IPv6. One that is without tcp_diag does not know either, and
@@ -114,17 +119,22 @@ def _inet() -> Iterator[tuple[int, int, bytes, bool]]:
         with contextlib.suppress(*_NO_IPV6 if family == socket.AF_INET6 else ()):
             for body in _dump(request):
                 fields = _INET_MESSAGE.unpack_from(body)
-                yield fields[9], fields[0], fields[4], fields[1] == _ESTABLISHED
+                number = _whole(*_HALVES.unpack_from(fields[4], len(fields[4]) - _HALVES.size))
+                yield number, fields[0], fields[4], fields[1] == _ESTABLISHED
 
 
 def _unix() -> Iterator[tuple[int, bool]]:
-    """Give inode and life of every Unix socket."""
+    """Give cookie and life of every Unix socket."""
     request = _UNIX_REQUEST.pack(
         socket.AF_UNIX, 0, 0, _EVERY_STATE, 0, _UDIAG_SHOW_NOTHING, 0xFFFFFFFF, 0xFFFFFFFF
     )
     for body in _dump(request):
-        _, _, state, _, number, _, _ = _UNIX_MESSAGE.unpack_from(body)
-        yield number, state == _ESTABLISHED and not _shutdown(body[_UNIX_MESSAGE.size :])
+        _, _, state, _, _, *halves = _UNIX_MESSAGE.unpack_from(body)
+        yield _whole(*halves), state == _ESTABLISHED and not _shutdown(body[_UNIX_MESSAGE.size :])
+
+
+def _whole(low: int, high: int) -> int:
+    return high << 32 | low
 
 
 def _shutdown(data: bytes) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from nbdlink.errors import TLSError
-from nbdlink.kernel.sockets import inode
+from nbdlink.kernel.sockets import cookie
 from nbdlink.link.record import Channel, TLSRoad, network
 from nbdlink.transport.stream import Wire
 
@@ -95,7 +95,7 @@ def prepare(
     ready = tuple(sock for sock in sockets if sock is not None)
     here = network()
     told = (
-        replace(each, inode=inode(sock), network=here)
+        replace(each, cookie=cookie(sock), network=here)
         for each, sock in zip(known, ready, strict=True)
     )
     return Channels(ready, tuple(told))

@@ -44,7 +44,7 @@ class Channel:
         cipher: the suite, or None.
         reason: why it is not the kernel that does TLS, or None.
         route: the URI that it was made to, or None if that is not known.
-        inode: by which the kernel's socket is known (`nbdlink.kernel.sockets`), or None.
+        cookie: by which the kernel's socket is known (`nbdlink.kernel.sockets`), or None.
         network: the network namespace in which that socket can be seen, or None.
         generation: how many connections there were before it in its place.
         relay: number of the process that does TLS for it, or None.
@@ -55,7 +55,7 @@ class Channel:
     cipher: str | None = None
     reason: str | None = None
     route: str | None = None
-    inode: int | None = None
+    cookie: int | None = None
     network: int | None = None
     generation: int = 0
     relay: int | None = None

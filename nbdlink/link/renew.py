@@ -102,13 +102,13 @@ def health(
 
     Args:
         known: the device.
-        look: gives those of some inodes that are connected; for who has looked already.
+        look: gives those of some cookies that are connected; for who has looked already.
     """
     numbers = range(len(known.channels))
     here = network()
-    visible = {n: each.inode for n, each in enumerate(known.channels) if each.network == here}
-    alive = look([inode for inode in visible.values() if inode])
-    live = [n for n, inode in visible.items() if alive is not None and inode in alive]
+    visible = {n: each.cookie for n, each in enumerate(known.channels) if each.network == here}
+    alive = look([cookie for cookie in visible.values() if cookie])
+    live = [n for n, cookie in visible.items() if alive is not None and cookie in alive]
     unknown = [n for n in numbers if alive is None or not visible.get(n)]
     if unknown:
         total = sysfs.settled_links({known.index}).get(known.index)
@@ -288,13 +288,13 @@ class _Attempt:
                 [sock.fileno() for sock in ready.sockets],
                 identifier=self.known.identifier,
             )
-        there = sockets.connected([each.inode for each in new.values() if each.inode])
-        kept = [n for n, each in new.items() if there is None or each.inode in there]
+        there = sockets.connected([each.cookie for each in new.values() if each.cookie])
+        kept = [n for n, each in new.items() if there is None or each.cookie in there]
         if not kept and sysfs.settled_links({self.known.index}) == {
             self.known.index: len(self.known.channels)
         }:
             # None of them was dead: they have sockets that nobody took note of.
-            self._note({number: replace(each, inode=None) for number, each in new.items()})
+            self._note({number: replace(each, cookie=None) for number, each in new.items()})
         return kept
 
     def _count(self, numbers: Sequence[int]) -> None:
@@ -481,8 +481,8 @@ def _moved(spec: LinkSpec, target: Target) -> LinkSpec:
 
 
 def _living(channels: Sequence[Channel]) -> list[Channel]:
-    alive = sockets.connected([each.inode for each in channels if each.inode])
-    return [each for each in channels if alive is None or each.inode in alive]
+    alive = sockets.connected([each.cookie for each in channels if each.cookie])
+    return [each for each in channels if alive is None or each.cookie in alive]
 
 
 def _end(known: Record, channels: Sequence[Channel]) -> None:
@@ -492,20 +492,20 @@ def _end(known: Record, channels: Sequence[Channel]) -> None:
         if each.relay is not None and _is_relay(each.relay):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(each.relay, signal.SIGTERM)
-        elif each.inode is None:
+        elif each.cookie is None:
             raise KernelError(
                 f"{known.title}: a connection that is alive cannot be ended, as its socket is not "
                 "known",
                 hint="detach the device and attach it again",
             )
-        elif not sockets.destroy(each.inode) and _living([each]):
+        elif not sockets.destroy(each.cookie) and _living([each]):
             raise KernelError(
                 f"{known.title}: a connection over a Unix socket that is alive cannot be ended "
                 "from outside",
                 hint="restart its server, or detach the device and attach it again",
             )
     if doomed:
-        _await_end(known, [each.inode for each in doomed if each.inode])
+        _await_end(known, [each.cookie for each in doomed if each.cookie])
 
 
 def _is_relay(pid: int) -> bool:
@@ -514,16 +514,16 @@ def _is_relay(pid: int) -> bool:
     return False
 
 
-def _await_end(known: Record, inodes: Collection[int]) -> None:
+def _await_end(known: Record, cookies: Collection[int]) -> None:
     """Wait until the driver has given connections up; it tells by shutting the sockets down."""
     deadline = time.monotonic() + _ENDING
-    while sockets.connected(inodes):
+    while sockets.connected(cookies):
         if time.monotonic() >= deadline:
             raise KernelError(f"{known.title}: the kernel does not give up a connection that ended")
         time.sleep(_POLL_SECONDS)
     # The socket is told before the driver's receiver, which is woken by that.
     while (links := sysfs.live_links()) and time.monotonic() < deadline:
-        still = sockets.connected([each.inode for each in known.channels if each.inode])
+        still = sockets.connected([each.cookie for each in known.channels if each.cookie])
         if still is None or links.get(known.index, 0) <= len(still):
             return
         time.sleep(_POLL_SECONDS)

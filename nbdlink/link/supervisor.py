@@ -287,7 +287,7 @@ class Supervisor:
             if name not in found and not link.busy and (adopted := _adopt(spec)):
                 _log.info("%s: adopted %s, of which nothing was recorded", name, adopted.title)
                 found[name] = adopted
-        look = _looked({each.inode for known in found.values() for each in known.channels})
+        look = _looked({each.cookie for known in found.values() for each in known.channels})
         for key, known in found.items():
             if key not in self.links:
                 self.links[key] = Watched(known.title)
@@ -576,9 +576,9 @@ def _take_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _looked(inodes: Iterable[int | None]) -> Callable[[Collection[int]], set[int] | None]:
+def _looked(cookies: Iterable[int | None]) -> Callable[[Collection[int]], set[int] | None]:
     """Look at all these sockets at once; the kernel lists every one of the machine each time."""
-    alive = sockets.connected([inode for inode in inodes if inode])
+    alive = sockets.connected([cookie for cookie in cookies if cookie])
     return lambda wanted: None if alive is None else alive.intersection(wanted)
 
 

@@ -208,13 +208,13 @@ def cut_one(here: World):
     """End one connection."""
     number = here.dice.choice(here.health().live)
     known = record.read(here.index)
-    sockets.destroy(known.channels[number].inode)
+    sockets.destroy(known.channels[number].cookie)
 
 
 def cut_all(here: World):
     """End all connections, one right after the other."""
     for each in record.read(here.index).channels:
-        sockets.destroy(each.inode)
+        sockets.destroy(each.cookie)
 
 
 def black_hole(here: World):

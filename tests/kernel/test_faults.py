@@ -130,10 +130,10 @@ def test_after_the_dead_timeout_requests_fail_and_later_do_not(world, watch):
 def test_a_server_that_stands_still_is_not_given_up_too_early(world, watch):
     here = world("nbdkit", timeout=20)
     seer = watch(here)
-    inodes = [each.inode for each in record.read(here.index).channels]
+    cookies = [each.cookie for each in record.read(here.index).channels]
     suffer(here, faults.stutter, FEW, seer)
     seer.check(here.server.image)
-    assert [each.inode for each in record.read(here.index).channels] == inodes
+    assert [each.cookie for each in record.read(here.index).channels] == cookies
 
 
 def test_a_server_that_stood_still_lets_nothing_old_overtake(world, watch):

@@ -122,7 +122,7 @@ def test_what_is_read_while_the_server_is_away_arrives_when_it_is_back(server, a
 def test_only_the_dead_one_of_four_is_replaced(server, attach):
     index = attach(server.uri, "-C", "4")
     before = record.read(index).channels
-    sockets.destroy(before[2].inode)
+    sockets.destroy(before[2].cookie)
     until(lambda: health(record.read(index)).dead == (2,))
     assert renew(index).renewed == (2,)
     after = record.read(index).channels
@@ -137,9 +137,9 @@ def test_with_nothing_dead_nothing_is_done(server, attach):
 
 def test_all_of_them_can_be_replaced_while_they_live(server, attach, image):
     index = attach(server.uri, "-C", "3")
-    before = {each.inode for each in record.read(index).channels}
+    before = {each.cookie for each in record.read(index).channels}
     assert renew(index, everything=True).renewed == (0, 1, 2)
-    assert not before & {each.inode for each in record.read(index).channels}
+    assert not before & {each.cookie for each in record.read(index).channels}
     assert content(index) == image.read_bytes()
 
 
@@ -384,7 +384,7 @@ def test_partitions_follow_a_resize(serve, attach, image):
 
 def test_info_tells_what_each_connection_is(server, attach, capsys):
     index = attach(server.uri, "-C", "2")
-    sockets.destroy(record.read(index).channels[1].inode)
+    sockets.destroy(record.read(index).channels[1].cookie)
     until(lambda: health(record.read(index)).dead == (1,))
     main(["info", "--json", f"/dev/nbd{index}"])
     told = json.loads(capsys.readouterr().out)["channels"]

@@ -140,11 +140,11 @@ def test_a_supervisor_that_was_killed_finds_everything_again(supervise, server):
     server.start()
     first = supervise(link(server, connections=2))
     first.until("attached as")
-    inodes = [each.inode for each in record.read(index_of("data")).channels]
+    cookies = [each.cookie for each in record.read(index_of("data")).channels]
     first.end(signal.SIGKILL)
     second = supervise()
     second.until("ready: 1 links, 1 attached")
-    assert [each.inode for each in record.read(index_of("data")).channels] == inodes
+    assert [each.cookie for each in record.read(index_of("data")).channels] == cookies
     server.restart()
     second.until("channels 0, 1 renewed")
 

@@ -31,7 +31,7 @@ def connection():
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.create_connection(server.getsockname()) as client,
     ):
-        yield sockets.inode(client)
+        yield sockets.cookie(client)
 
 
 def test_a_kernel_that_cannot_list_tcp_does_not_show_that_nothing_is_alive(refusing, connection):

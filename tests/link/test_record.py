@@ -113,7 +113,7 @@ def test_a_name_is_given_back(name):
         {"name": 5},
         {"identifier": None},
         {"spec": None},
-        {"channels": [{"inode": "7"}]},
+        {"channels": [{"cookie": "7"}]},
         {"channels": [{"route": 1}]},
         {"pid": "77"},
         {"attached_at": "now"},
