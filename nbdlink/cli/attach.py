@@ -92,7 +92,7 @@ def run_attach(arguments: argparse.Namespace) -> int:
         from functools import partial
 
         from nbdlink.cli.supervise import supervise
-        from nbdlink.link.config import Configuration, ConfiguredLink
+        from nbdlink.link.config.files import Configuration, ConfiguredLink
 
         sys.stdout.flush()  # whoever waits for the device has it
         link = ConfiguredLink(spec, "the command line")
@@ -105,7 +105,7 @@ def _asked_for(arguments: argparse.Namespace) -> LinkSpec:
     """Give what the command line describes."""
     from dataclasses import replace
 
-    from nbdlink.link.configured import DEAD_TIMEOUT
+    from nbdlink.link.config.configured import DEAD_TIMEOUT
     from nbdlink.link.spec import LinkSpec
     from nbdlink.uri import Target
 
@@ -153,7 +153,7 @@ def _configured(arguments: argparse.Namespace) -> LinkSpec:
     from dataclasses import replace
 
     from nbdlink.client.security import NO_OPTIONS
-    from nbdlink.link import config
+    from nbdlink.link.config import files
 
     if arguments.name is None:
         raise ConfigError(
@@ -175,7 +175,7 @@ def _configured(arguments: argparse.Namespace) -> LinkSpec:
             f"{said[0]} goes with a TARGET; a configured link is attached as it is configured",
             hint="say it in the file",
         )
-    link = config.load().links.get(arguments.name)
+    link = files.load().links.get(arguments.name)
     if link is None:
         raise ConfigError(
             f"there is no configured link named {arguments.name!r}",

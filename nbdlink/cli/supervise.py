@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nbdlink.link.config import Configuration
+    from nbdlink.link.config.files import Configuration
 
 
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -41,10 +41,10 @@ def _port(text: str) -> int:
 
 def run_supervise(arguments: argparse.Namespace) -> int:
     """Look after links until a signal comes."""
-    from nbdlink.link import config
+    from nbdlink.link.config import files
 
     return supervise(
-        config.load,
+        files.load,
         arguments.names,
         arguments.notice_port,
         metrics=arguments.metrics,
@@ -76,8 +76,8 @@ def supervise(
         KernelError: the kernel's events cannot be heard.
     """
     from nbdlink.cli.main import set_up_logging
-    from nbdlink.link.notice import DEFAULT_PORT
-    from nbdlink.link.supervisor import Supervisor
+    from nbdlink.link.supervisor.loop import Supervisor
+    from nbdlink.link.supervisor.notices import DEFAULT_PORT
 
     set_up_logging(max(verbose, 1))
     port = DEFAULT_PORT if notice_port is None else notice_port or None

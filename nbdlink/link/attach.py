@@ -205,7 +205,8 @@ def _same_link(spec: LinkSpec, index: int | None) -> kernel.Device | None:
                 f"{' and '.join(changed)}",
                 hint=f"nbdlink detach {spec.name} first, or choose another --name{move}",
             )
-        from nbdlink.link.renew import health, renew
+        from nbdlink.link.health import health
+        from nbdlink.link.renew import renew
 
         if known.road == "netlink" and health(known).dead:
             renew(known.index, wait=_PATIENCE)
@@ -391,10 +392,10 @@ def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:
 
 
 def _is_configured(name: str) -> bool:
-    from nbdlink.link import config
+    from nbdlink.link.config import files
 
     with contextlib.suppress(ConfigError):
-        return name in config.load().links
+        return name in files.load().links
     return False
 
 

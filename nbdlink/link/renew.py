@@ -18,57 +18,29 @@ their way on the old one are sent again by the kernel once their timeout has pas
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import signal
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final
 
 from nbdlink import kernel
-from nbdlink.client.export import NegotiatedExport
 from nbdlink.client.negotiate import negotiate
 from nbdlink.client.security import Security
-from nbdlink.errors import ConfigError, ForeignExportError, KernelError, NBDError
+from nbdlink.errors import ConfigError, KernelError, NBDError
 from nbdlink.kernel import sockets, sysfs
 from nbdlink.link import channel, record
 from nbdlink.link.attach import secure
-from nbdlink.link.record import Channel, Record, network
+from nbdlink.link.ending import end
+from nbdlink.link.health import Health, health, strayed
+from nbdlink.link.identity import known_of, require_same, verify
+from nbdlink.link.record import Channel, Record
 from nbdlink.link.spec import LinkSpec, restore
 from nbdlink.protocol.claim import NO_TESTIMONY, Claim, Testimony
-from nbdlink.protocol.constants import TransmissionFlag
 from nbdlink.transport.stream import Wire
 from nbdlink.uri import Target
 
 _GRACE: Final = 30
 """Seconds for which I/O waits while the only connection of a device is moved, at least."""
-_ENDING: Final = 2.0
-"""Seconds that the kernel may take to notice that a connection was ended."""
-_POLL_SECONDS: Final = 0.001
-
-_NEEDED: Final = (
-    TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.CAN_MULTI_CONN
-)
-"""What the kernel was told of a server, and goes on believing of its successor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Health:
-    """Which of a device's channels are connected.
-
-    Attributes:
-        live: numbers of channels.
-        dead: numbers of channels.
-    """
-
-    live: tuple[int, ...]
-    dead: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,36 +57,10 @@ class Renewal:
     """
 
     renewed: tuple[int, ...] = ()
-    health: Health = Health((), ())
+    health: Health = field(default_factory=lambda: Health((), ()))
     grown_to: int | None = None
     strayed: tuple[int, ...] = ()
     failures: tuple[tuple[Target, NBDError], ...] = ()
-
-
-def health(
-    known: Record, look: Callable[[Collection[int]], set[int] | None] = sockets.connected
-) -> Health:
-    """Tell which of a device's channels are connected.
-
-    Of channels whose socket is not known (the record was lost), or cannot be seen from here (it
-    is in another network namespace), only the number of the dead is: then the first ones are
-    said to be.
-
-    Args:
-        known: the device.
-        look: gives those of some cookies that are connected; for who has looked already.
-    """
-    numbers = range(len(known.channels))
-    here = network()
-    visible = {n: each.cookie for n, each in enumerate(known.channels) if each.network == here}
-    alive = look([cookie for cookie in visible.values() if cookie])
-    live = [n for n, cookie in visible.items() if alive is not None and cookie in alive]
-    unknown = [n for n in numbers if alive is None or not visible.get(n)]
-    if unknown:
-        total = sysfs.settled_links({known.index}).get(known.index)
-        missing = 0 if total is None else max(0, len(live) + len(unknown) - total)
-        live = sorted(live + unknown[min(missing, len(unknown)) :])
-    return Health(tuple(live), tuple(n for n in numbers if n not in live))
 
 
 def renew(
@@ -150,16 +96,6 @@ def renew(
         state = health(known)
         chosen = sorted({*state.dead, *also, *(state.live if everything else ())})
         return attempt.run(chosen, state)
-
-
-def strayed(known: Record) -> tuple[int, ...]:
-    """Give the numbers of the channels that do not take the route that is theirs."""
-    routes = [known.spec.get("target"), *known.spec.get("paths", ())]
-    return tuple(
-        number
-        for number, each in enumerate(known.channels)
-        if each.route not in (None, routes[number % len(routes)])
-    )
 
 
 @dataclass
@@ -277,7 +213,7 @@ class _Attempt:
                 for each, route, number in zip(ready.known, taken, numbers, strict=False)
             }
             if alive:
-                _end(self.known, old)
+                end(self.known, old)
             # Noted before it is done: if we are killed in between, a socket that the kernel did
             # not get is gone, and is seen to be; one that it got would never be found.
             if self.target is not None:
@@ -378,41 +314,13 @@ class _Attempt:
             claim_needed=self.known.fences,
         )
         try:
-            self._verify(route, export)
+            verify(self.known, route, export)
         except BaseException:
             wire.close()
             raise
         self.sizes[str(route)] = export.size
         self.testimony = export.testimony
         return wire
-
-    def _verify(self, route: Target, export: NegotiatedExport) -> None:
-        """Refuse an export that is not the one that the device was attached to.
-
-        Raises:
-            ForeignExportError: the message says in what they differ.
-        """
-        known = self.known
-        same = known.name or f"/dev/nbd{known.index}"
-        where = f"{route.address}: the export {route.export!r} is not the one that {same} has"
-        proved = is_proved(known, route, export.testimony.signature)
-        size = export.size if known.size is None else known.size
-        if export.size < size or (export.size > size and not proved):
-            raise ForeignExportError(
-                f"{where}: it has {export.size} bytes, not {known.size}",
-                hint=f"if it is the same and has grown: nbdlink resize {same}",
-            )
-        if export.minimum_block > known.block_size:
-            raise ForeignExportError(
-                f"{where}: it demands blocks of {export.minimum_block} bytes, not "
-                f"{known.block_size}"
-            )
-        if export.read_only and not known.read_only:
-            raise ForeignExportError(f"{where}: it is read-only")
-        missing = TransmissionFlag(known.flags) & _NEEDED & ~export.flags
-        if missing:
-            words = ", ".join(str(flag.name) for flag in TransmissionFlag if flag & missing)
-            raise ForeignExportError(f"{where}: it lacks {words}")
 
     @contextlib.contextmanager
     def _patience(self) -> Iterator[None]:
@@ -429,33 +337,6 @@ class _Attempt:
                 kernel.reconfigure(
                     index, dead_timeout=self.known.dead_timeout, identifier=identifier
                 )
-
-
-def is_proved(known: Record, route: Target, told: str | None) -> bool:
-    """Tell whether what is offered on a route is proved to be what a device was attached to.
-
-    Args:
-        known: the device.
-        route: where it is offered.
-        told: its signature there, or None.
-
-    Raises:
-        ForeignExportError: it is proved not to be.
-    """
-    expected = known.signature
-    if expected is None or told is None:
-        return False
-    made_up = expected.startswith("auto:") or told.startswith("auto:")
-    if made_up and known.target != str(route):
-        return False  # two servers of the same data make up different ones
-    if expected != told:
-        same = known.name or f"/dev/nbd{known.index}"
-        raise ForeignExportError(
-            f"{route.address}: the export {route.export!r} is not the one that {same} has: its "
-            f"signature is {told!r}, not {expected!r}",
-            hint=f"if it is meant: nbdlink detach {same}, and attach it again",
-        )
-    return True
 
 
 def _moved(spec: LinkSpec, target: Target) -> LinkSpec:
@@ -478,96 +359,3 @@ def _moved(spec: LinkSpec, target: Target) -> LinkSpec:
             tls_psk_file=before.tls_psk_file,
         )
     return replace(spec, target=target, paths=())
-
-
-def _living(channels: Sequence[Channel]) -> list[Channel]:
-    alive = sockets.connected([each.cookie for each in channels if each.cookie])
-    return [each for each in channels if alive is None or each.cookie in alive]
-
-
-def _end(known: Record, channels: Sequence[Channel]) -> None:
-    """End what is alive of these connections, and wait until the driver has given them up."""
-    doomed = _living(channels)
-    for each in doomed:
-        if each.relay is not None and _is_relay(each.relay):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(each.relay, signal.SIGTERM)
-        elif each.cookie is None:
-            raise KernelError(
-                f"{known.title}: a connection that is alive cannot be ended, as its socket is not "
-                "known",
-                hint="detach the device and attach it again",
-            )
-        elif not sockets.destroy(each.cookie) and _living([each]):
-            raise KernelError(
-                f"{known.title}: a connection over a Unix socket that is alive cannot be ended "
-                "from outside",
-                hint="restart its server, or detach the device and attach it again",
-            )
-    if doomed:
-        _await_end(known, [each.cookie for each in doomed if each.cookie])
-
-
-def _is_relay(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().strip() == "nbdlink-relay"
-    return False
-
-
-def _await_end(known: Record, cookies: Collection[int]) -> None:
-    """Wait until the driver has given connections up; it tells by shutting the sockets down."""
-    deadline = time.monotonic() + _ENDING
-    while sockets.connected(cookies):
-        if time.monotonic() >= deadline:
-            raise KernelError(f"{known.title}: the kernel does not give up a connection that ended")
-        time.sleep(_POLL_SECONDS)
-    # The socket is told before the driver's receiver, which is woken by that.
-    while (links := sysfs.live_links()) and time.monotonic() < deadline:
-        still = sockets.connected([each.cookie for each in known.channels if each.cookie])
-        if still is None or links.get(known.index, 0) <= len(still):
-            return
-        time.sleep(_POLL_SECONDS)
-
-
-def is_true(known: Record) -> bool:
-    """Tell whether a record still describes its device.
-
-    Does not look at the connections, as `kernel.status` does: there that takes a while if none
-    is alive, and this is asked when none is.
-    """
-    pid = sysfs.pid(known.index)
-    return pid is not None and known.describes(sysfs.backend(known.index), pid)
-
-
-def require_same(known: Record) -> None:
-    """Make sure that a device has not been detached since its record was read.
-
-    Raises:
-        KernelError: it has, and may have been attached to something else.
-    """
-    now = record.read(known.index)
-    if now is None or now.attached_at != known.attached_at or not is_true(known):
-        raise KernelError(f"{known.title} has been detached meanwhile")
-
-
-def known_of(index: int) -> Record:
-    """Give the record of a device whose connections can be renewed.
-
-    Raises:
-        KernelError: there is none, or they cannot be.
-    """
-    known = record.read(index)
-    path = f"/dev/nbd{index}"
-    if sysfs.pid(index) is None:
-        raise KernelError(f"{path} is not attached", hint="`nbdlink list` shows what is attached")
-    if known is None or not is_true(known) or not known.spec:
-        raise KernelError(
-            f"{path}: it is not known what it is attached to",
-            hint=f"nbdlink detach {path}, and attach it again",
-        )
-    if known.road != "netlink":
-        raise KernelError(
-            f"{path} was attached by ioctls: its connections cannot be renewed",
-            hint=f"nbdlink detach {path}, and attach it again",
-        )
-    return known

@@ -18,8 +18,10 @@ from nbdlink.client.security import Security
 from nbdlink.errors import ConfigError, KernelError
 from nbdlink.link import record
 from nbdlink.link.attach import secure
+from nbdlink.link.health import health
+from nbdlink.link.identity import is_proved, known_of, require_same
 from nbdlink.link.record import Record
-from nbdlink.link.renew import health, is_proved, known_of, renew, require_same
+from nbdlink.link.renew import renew
 from nbdlink.link.spec import restore
 from nbdlink.protocol.claim import NO_TESTIMONY, Claim
 from nbdlink.uri import Target

@@ -91,3 +91,12 @@ def notify(state: str) -> None:
     ):
         sock.setblocking(False)
         sock.sendto(state.encode(), address)
+
+
+def watchdog_seconds() -> float | None:
+    """Give the time within which the service manager wants to hear of us (sd_watchdog_enabled)."""
+    text = os.environ.get("WATCHDOG_USEC", "")
+    pid = os.environ.get("WATCHDOG_PID", "")
+    if not text.isdigit() or not int(text) or (pid and pid != str(os.getpid())):
+        return None
+    return int(text) / 1e6

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from nbdlink.kernel import sockets
 from nbdlink.link import record
-from nbdlink.link.renew import Health, health, renew
+from nbdlink.link.health import Health, health
+from nbdlink.link.renew import renew
 
 from .conftest import free_all, until
 from .firewall import resetting, swallowing

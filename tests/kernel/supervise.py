@@ -8,14 +8,14 @@ from pathlib import Path
 from nbdlink.cli.main import complain
 from nbdlink.cli.supervise import supervise
 from nbdlink.errors import ConfigError, NBDError
-from nbdlink.link import config
+from nbdlink.link.config import files
 
 file, port, *names = sys.argv[1:]
 nothing = Path("/nonexistent")
 
 
 def load():
-    return config.load(Path(file), nothing, nothing)
+    return files.load(Path(file), nothing, nothing)
 
 
 try:

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 
 from nbdlink.link import record
-from nbdlink.link.renew import health
+from nbdlink.link.health import health
 
 from .conftest import PATIENCE
 

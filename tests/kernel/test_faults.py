@@ -18,7 +18,8 @@ import pytest
 from nbdlink import kernel
 from nbdlink.cli.main import main
 from nbdlink.link import record
-from nbdlink.link.renew import health, renew
+from nbdlink.link.health import health
+from nbdlink.link.renew import renew
 from tests.certificates import Authority
 from tests.interop.peers import MISSING
 

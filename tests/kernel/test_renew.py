@@ -18,7 +18,8 @@ from nbdlink.errors import DeviceInUseError, ForeignExportError, KernelError, Tr
 from nbdlink.kernel import sockets, sysfs
 from nbdlink.link import record
 from nbdlink.link.attach import detach
-from nbdlink.link.renew import Health, _Attempt, health, renew
+from nbdlink.link.health import Health, health
+from nbdlink.link.renew import _Attempt, renew
 from nbdlink.uri import Target
 from tests.certificates import Authority
 from tests.interop.peers import MISSING

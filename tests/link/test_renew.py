@@ -8,8 +8,10 @@ import pytest
 
 from nbdlink.client.security import TLSOptions
 from nbdlink.errors import ForeignExportError
+from nbdlink.link.health import strayed
+from nbdlink.link.identity import is_proved
 from nbdlink.link.record import Channel, Record
-from nbdlink.link.renew import _moved, is_proved, strayed
+from nbdlink.link.renew import _moved
 from nbdlink.link.spec import LinkSpec, describe
 from nbdlink.uri import Target
 

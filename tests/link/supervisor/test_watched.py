@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from nbdlink.errors import ConfigError, TransportError
-from nbdlink.link.backoff import Backoff
-from nbdlink.link.renew import Health
+from nbdlink.link.health import Health
 from nbdlink.link.spec import LinkSpec
-from nbdlink.link.watched import MEASURE_SECONDS, RETURN_SECONDS, Watched
+from nbdlink.link.supervisor.backoff import Backoff
+from nbdlink.link.supervisor.watched import MEASURE_SECONDS, RETURN_SECONDS, Watched
 from nbdlink.uri import Target
 
 SPEC = LinkSpec(Target("h"), name="data")

@@ -8,7 +8,7 @@ there. Nothing that the supervisor knows is precious: what is attached and how i
 and in the records, so it can be killed at any moment and started again, and finds everything.
 
 Events are only a reason to look. Whatever the loop has been told, it looks at the sockets of the
-device (`renew.health`) before it believes it, and it looks at everything now and then, as an
+device (`health.health`) before it believes it, and it looks at everything now and then, as an
 event can be lost.
 """
 
@@ -16,33 +16,35 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import resource
 import selectors
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from nbdlink import kernel
-from nbdlink.errors import ConfigError, KernelError, NBDError
+from nbdlink.errors import ConfigError, NBDError
 from nbdlink.kernel import netlink, sockets, sysfs
 from nbdlink.kernel.events import EventKind, Events
 from nbdlink.link import record, resize
 from nbdlink.link.attach import attach_spec, secure
-from nbdlink.link.config import Configuration
-from nbdlink.link.farewell import Farewell
-from nbdlink.link.notice import Notices
+from nbdlink.link.config.files import Configuration
+from nbdlink.link.health import Look, health, looked, strayed
+from nbdlink.link.identity import is_true
 from nbdlink.link.record import Record
-from nbdlink.link.renew import Renewal, health, is_true, renew, strayed
+from nbdlink.link.renew import Renewal, renew
 from nbdlink.link.spec import LinkSpec, describe, differences, restore
-from nbdlink.link.watched import Act, Watched
+from nbdlink.link.supervisor.adoption import adopt
+from nbdlink.link.supervisor.farewell import Farewell
+from nbdlink.link.supervisor.notices import Notices
+from nbdlink.link.supervisor.waker import Waker
+from nbdlink.link.supervisor.watched import Act, Watched
 from nbdlink.protocol.claim import digest_of
-from nbdlink.transport.activation import notify
+from nbdlink.transport.activation import notify, watchdog_seconds
 
 _log = logging.getLogger("nbdlink.supervisor")
 
@@ -129,13 +131,13 @@ class Supervisor:
                 _log.warning("%s; looking every %g s instead", complaint, _SURVEY_SECONDS)
             notices = stack.enter_context(Notices(self._notice_port))
             self._notice_port = notices.port
-            self._waker = stack.enter_context(_Waker())
+            self._waker = stack.enter_context(Waker())
             selector = stack.enter_context(selectors.DefaultSelector())
             selector.register(events, selectors.EVENT_READ)
             selector.register(self._waker, selectors.EVENT_READ)
             if notices.port is not None:
                 selector.register(notices, selectors.EVENT_READ)
-            watchdog = _watchdog_seconds()
+            watchdog = watchdog_seconds()
             while not self._stopping:
                 now = time.monotonic()
                 self._survey_if_due(now)
@@ -284,10 +286,10 @@ class Supervisor:
                 found[key] = known
         for name, spec in self._wanted.items():
             link = self.links[name]
-            if name not in found and not link.busy and (adopted := _adopt(spec)):
+            if name not in found and not link.busy and (adopted := adopt(spec)):
                 _log.info("%s: adopted %s, of which nothing was recorded", name, adopted.title)
                 found[name] = adopted
-        look = _looked({each.cookie for known in found.values() for each in known.channels})
+        look = looked({each.cookie for known in found.values() for each in known.channels})
         for key, known in found.items():
             if key not in self.links:
                 self.links[key] = Watched(known.title)
@@ -307,9 +309,7 @@ class Supervisor:
         else:
             self._next_survey = 0.0
 
-    def _see(
-        self, link: Watched, known: Record, look: Callable[..., set[int] | None] = sockets.connected
-    ) -> None:
+    def _see(self, link: Watched, known: Record, look: Look = sockets.connected) -> None:
         """Take note of what a device is like."""
         if link.spec is not None and known.spec and not link.compared:
             link.compared = True
@@ -470,98 +470,6 @@ class Supervisor:
             _log.info("ready: %s", words)
 
 
-class _Waker:
-    """A descriptor that becomes readable when a signal came or a thread has something to tell."""
-
-    def __init__(self) -> None:
-        self._ours, self._theirs = socket.socketpair()
-        self._ours.setblocking(False)
-        self._theirs.setblocking(False)
-        self._before: list[tuple[int, object]] = []
-        self._fd = -1
-        self._came: set[int] = set()
-
-    def __enter__(self) -> _Waker:
-        self._fd = signal.set_wakeup_fd(self._theirs.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._before.append((number, signal.signal(number, self._take_note)))
-        return self
-
-    def _take_note(self, number: int, _: object) -> None:
-        self._came.add(number)  # for its byte there may be no room
-
-    def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._fd)
-        for number, handler in self._before:
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._ours.close()
-        self._theirs.close()
-
-    def fileno(self) -> int:
-        """Give the descriptor."""
-        return self._ours.fileno()
-
-    def wake(self) -> None:
-        """Make it readable; from any thread."""
-        with contextlib.suppress(OSError):  # full: it is readable; closed: nobody waits
-            self._theirs.send(b"\0")
-
-    def signals(self) -> set[int]:
-        """Give the signals that came since the last time, each once."""
-        with contextlib.suppress(BlockingIOError):
-            while len(self._ours.recv(4096)) == 4096:
-                pass
-        came, self._came = self._came, set()
-        return came
-
-
-def _adopt(spec: LinkSpec) -> Record | None:
-    """Make a record of a device that is this link by the kernel's word, and has none.
-
-    Of its connections nothing is known but how many there are meant to be. Under which number a
-    server knows them is lost, so it cannot end their ghosts when they are renewed.
-    """
-    from nbdlink.link.attach import identifier_of
-
-    identifier, name = identifier_of(spec), spec.name
-    if not name:
-        return None
-    with contextlib.suppress(ConfigError):  # which renewing it will tell
-        spec, _ = secure(spec)
-    for index in sysfs.indices():
-        if sysfs.pid(index) is not None and sysfs.backend(index) == identifier:
-            break
-    else:
-        return None
-    try:
-        state = kernel.status(index)
-    except KernelError:
-        return None  # it went away just now
-    known = Record(
-        index=state.index,
-        name=name,
-        target=str(spec.target),
-        connections=spec.connections,
-        read_only=state.read_only,
-        block_size=state.block_size,
-        timeout=spec.timeout,
-        dead_timeout=spec.dead_timeout,
-        road=state.road or "netlink",
-        identifier=identifier,
-        pid=state.pid,
-        channels=tuple(record.Channel() for _ in range(spec.connections)),
-        spec=describe(spec),
-        size=state.size,
-    )
-    # Whoever is attaching it just now has something better to record.
-    with contextlib.suppress(NBDError), record.locked(name, wait=False):
-        before = record.read(state.index)
-        if before is None or not is_true(before):
-            record.write(known)
-            return known
-    return None
-
-
 def _described(spec: LinkSpec) -> dict[str, Any]:
     """Describe what is configured as it is recorded once it is attached."""
     with contextlib.suppress(ConfigError):  # which attaching it will tell
@@ -574,18 +482,3 @@ def _take_descriptors() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _looked(cookies: Iterable[int | None]) -> Callable[[Collection[int]], set[int] | None]:
-    """Look at all these sockets at once; the kernel lists every one of the machine each time."""
-    alive = sockets.connected([cookie for cookie in cookies if cookie])
-    return lambda wanted: None if alive is None else alive.intersection(wanted)
-
-
-def _watchdog_seconds() -> float | None:
-    """Give the time within which the service manager wants to hear of us (sd_watchdog_enabled)."""
-    text = os.environ.get("WATCHDOG_USEC", "")
-    pid = os.environ.get("WATCHDOG_PID", "")
-    if not text.isdigit() or not int(text) or (pid and pid != str(os.getpid())):
-        return None
-    return int(text) / 1e6

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from nbdlink.errors import ConfigError
-from nbdlink.link.configured import ConfiguredLink, configure
-from nbdlink.link.settings import Value, at, nearest, read_value
+from nbdlink.link.config.configured import ConfiguredLink, configure
+from nbdlink.link.config.settings import Value, at, nearest, read_value
 from nbdlink.transport.tlsfiles import printable
 from nbdlink.uri import DEFAULT_PORT, Target
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nbdlink.errors import NBDError, is_retryable
-from nbdlink.link.backoff import Backoff
-from nbdlink.link.renew import Health
+from nbdlink.link.health import Health
 from nbdlink.link.spec import LinkSpec
+from nbdlink.link.supervisor.backoff import Backoff
 
 Act = Literal["attach", "renew", "return", "measure"]
 """Bind the device; renew dead channels; give channels back the route that is theirs; see whether

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from nbdlink.link.notice import Notices
+from nbdlink.link.supervisor.notices import Notices
 
 SESSION = "0123456789abcdef0123456789abcdef"
 

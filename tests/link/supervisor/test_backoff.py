@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdlink.link.backoff import Backoff
+from nbdlink.link.supervisor.backoff import Backoff
 
 
 def pauses(backoff, count):

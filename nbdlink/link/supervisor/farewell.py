@@ -19,7 +19,7 @@ from typing import Final
 from nbdlink.errors import NBDError
 from nbdlink.link import record
 from nbdlink.link.attach import detach
-from nbdlink.link.watched import Watched
+from nbdlink.link.supervisor.watched import Watched
 
 _log = logging.getLogger("nbdlink.supervisor")
 

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from nbdlink.client.security import TLSOptions
 from nbdlink.errors import ConfigError
 from nbdlink.link.attach import LinkSpec
-from nbdlink.link.config import load
-from nbdlink.link.settings import SETTINGS
-from nbdlink.link.tomllines import find_lines
+from nbdlink.link.config.files import load
+from nbdlink.link.config.settings import SETTINGS
+from nbdlink.link.config.tomllines import find_lines
 from nbdlink.transport.tlsfiles import CredentialFiles
 from nbdlink.uri import Target
 
-PAGE = Path(__file__).parents[2] / "man" / "nbdlink.toml.5"
+PAGE = Path(__file__).parents[3] / "man" / "nbdlink.toml.5"
 
 
 class Files:

@@ -23,10 +23,10 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from nbdlink.errors import ConfigError
-from nbdlink.link.configured import ConfiguredLink, configure
-from nbdlink.link.nbdtab import read_nbdtab
-from nbdlink.link.settings import SETTINGS, Values, nearest, read_value
-from nbdlink.link.tomllines import find_lines
+from nbdlink.link.config.configured import ConfiguredLink, configure
+from nbdlink.link.config.nbdtab import read_nbdtab
+from nbdlink.link.config.settings import SETTINGS, Values, nearest, read_value
+from nbdlink.link.config.tomllines import find_lines
 from nbdlink.transport.stream import reason
 from nbdlink.transport.tlsfiles import printable, read_file
 

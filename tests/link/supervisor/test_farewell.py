@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nbdlink.link import record
-from nbdlink.link.farewell import GRACE_SECONDS, MARK, Farewell
-from nbdlink.link.renew import Health
-from nbdlink.link.watched import Watched
+from nbdlink.link.health import Health
+from nbdlink.link.supervisor.farewell import GRACE_SECONDS, MARK, Farewell
+from nbdlink.link.supervisor.watched import Watched
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,68 @@
+"""Ending connections that are alive, so that others can take their place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Final
+
+from nbdlink.errors import KernelError
+from nbdlink.kernel import sockets, sysfs
+from nbdlink.link.record import Channel, Record
+
+_ENDING: Final = 2.0
+"""Seconds that the kernel may take to notice that a connection was ended."""
+_POLL_SECONDS: Final = 0.001
+
+
+def end(known: Record, channels: Sequence[Channel]) -> None:
+    """End what is alive of these connections, and wait until the driver has given them up."""
+    doomed = _living(channels)
+    for each in doomed:
+        if each.relay is not None and _is_relay(each.relay):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each.relay, signal.SIGTERM)
+        elif each.cookie is None:
+            raise KernelError(
+                f"{known.title}: a connection that is alive cannot be ended, as its socket is not "
+                "known",
+                hint="detach the device and attach it again",
+            )
+        elif not sockets.destroy(each.cookie) and _living([each]):
+            raise KernelError(
+                f"{known.title}: a connection over a Unix socket that is alive cannot be ended "
+                "from outside",
+                hint="restart its server, or detach the device and attach it again",
+            )
+    if doomed:
+        _await_end(known, [each.cookie for each in doomed if each.cookie])
+
+
+def _is_relay(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip() == "nbdlink-relay"
+    return False
+
+
+def _await_end(known: Record, cookies: Collection[int]) -> None:
+    """Wait until the driver has given connections up; it tells by shutting the sockets down."""
+    deadline = time.monotonic() + _ENDING
+    while sockets.connected(cookies):
+        if time.monotonic() >= deadline:
+            raise KernelError(f"{known.title}: the kernel does not give up a connection that ended")
+        time.sleep(_POLL_SECONDS)
+    # The socket is told before the driver's receiver, which is woken by that.
+    while (links := sysfs.live_links()) and time.monotonic() < deadline:
+        still = sockets.connected([each.cookie for each in known.channels if each.cookie])
+        if still is None or links.get(known.index, 0) <= len(still):
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def _living(channels: Sequence[Channel]) -> list[Channel]:
+    alive = sockets.connected([each.cookie for each in channels if each.cookie])
+    return [each for each in channels if alive is None or each.cookie in alive]
