@@ -11,6 +11,7 @@ From a script or a test::
 """
 
 from nbdlink.server.export import Catalogue, Export
-from nbdlink.server.service import Service, serve_in_thread
+from nbdlink.server.in_thread import serve_in_thread
+from nbdlink.server.service import Service
 
 __all__ = ["Catalogue", "Export", "Service", "serve_in_thread"]

@@ -27,24 +27,22 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
 from nbdlink.protocol.claim import Claim
 from nbdlink.protocol.handshake import Handshake
 from nbdlink.server import negotiate
 from nbdlink.server.engine import DISCONNECTED
-from nbdlink.server.export import Catalogue, Export
+from nbdlink.server.export import Catalogue
 from nbdlink.server.fencing import Fences, Refusal
+from nbdlink.server.listeners import Listeners, address_of
 from nbdlink.server.notices import Notices
 from nbdlink.server.processes import Processes
 from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Phase, Session, Sessions, most_connections
-from nbdlink.storage.base import Storage
-from nbdlink.storage.raw import RawStorage
 from nbdlink.transport import stream
 from nbdlink.transport.stream import Deadline
 from nbdlink.uri import Target
@@ -119,15 +117,13 @@ class Service:
         """
         self.catalogue = catalogue
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
-        self.addresses = [_address(sock) for sock in listeners]
+        self.addresses = [address_of(sock) for sock in listeners]
         self._processes = Processes(processes, catalogue, security)
         self._fences = Fences()
         self._notices = notices
         self._on_fork = on_fork
         self._security = security
-        self._listeners = list(listeners)
-        self._inherited = inherited
-        self._paths = [] if inherited else [_socket_file(sock) for sock in listeners]
+        self._listeners = Listeners(listeners, inherited=inherited)
         self._once = once
         self._served = False
         self._negotiation_timeout = negotiation_timeout
@@ -145,8 +141,6 @@ class Service:
         self._wake_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="nbd-accept", daemon=True)
         self.status = 0
-        for sock in self._listeners:
-            sock.setblocking(False)
 
     # Life.
 
@@ -314,10 +308,10 @@ class Service:
             now = time.monotonic()
             # Whoever is not accepted waits in the kernel's queue, as with qemu-nbd.
             ready = now >= self._paused_until and self.sessions.has_room()
-            if self._stopping and self._inherited:
+            if self._stopping and self._listeners.inherited:
                 ready = False
             if listening != ready:
-                for sock in self._listeners:
+                for sock in self._listeners.sockets:
                     if ready:
                         selector.register(sock, selectors.EVENT_READ)
                     else:
@@ -495,20 +489,12 @@ class Service:
     # The end.
 
     def _begin_process(self) -> None:
-        self._close_listeners()
+        self._listeners.close()
         self._on_fork()
 
-    def _close_listeners(self) -> None:
-        for sock in self._listeners:
-            sock.close()
-
     def _wind_down(self) -> None:
-        self._close_listeners()
-        for path, inode in filter(None, self._paths):
-            # Only if it is still ours: another server may have taken the path over.
-            with contextlib.suppress(OSError):
-                if path.lstat().st_ino == inode:
-                    path.unlink()
+        self._listeners.close()
+        self._listeners.remove_files()
         self._begin_to_end()
         threads = self.sessions.threads()
         self.sessions.cut(Phase.HANDSHAKE)
@@ -543,65 +529,3 @@ class Service:
                     storage.close()
         if in_use or self._aborting:
             self.status = 1
-
-
-def _address(sock: socket.socket) -> tuple[str, int] | str:
-    name = sock.getsockname()
-    if sock.family == socket.AF_UNIX:
-        return os.fsdecode(name)
-    return name[0], name[1]
-
-
-def _socket_file(sock: socket.socket) -> tuple[Path, int] | None:
-    """Give path and inode of a Unix socket, to remove that very file later."""
-    name = _address(sock)
-    if not isinstance(name, str) or name.startswith("\0") or not name:
-        return None
-    # Made absolute now: a daemon changes its directory.
-    path = Path(name).absolute()
-    try:
-        return path, path.lstat().st_ino
-    except OSError:
-        return None
-
-
-@contextlib.contextmanager
-def serve_in_thread(
-    exports: Mapping[str, Storage | str | os.PathLike[str]],
-    *,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    unix: str | os.PathLike[str] | None = None,
-    read_only: bool = False,
-    **options: Any,
-) -> Iterator[Service]:
-    """Serve for the duration of a `with` block; the port is one that is free.
-
-    Args:
-        exports: storages, or paths of files and devices, by export name.
-        host: name or address to listen on.
-        port: TCP port, or 0 for any.
-        unix: path of a Unix socket to listen on instead.
-        read_only: whether writing is refused.
-        **options: what `Service` takes.
-
-    Raises:
-        StorageError: a path cannot be served.
-        TransportError: the address cannot be listened on.
-    """
-    with contextlib.ExitStack() as undo:
-        made = []
-        for name, what in exports.items():
-            if not isinstance(what, Storage):
-                what = RawStorage.open(what, read_only=read_only)
-            undo.callback(what.close)
-            multi_conn = options.get("shared") != 1
-            made.append(Export(name, what, read_only=read_only, multi_conn=multi_conn))
-        catalogue = Catalogue(made)
-        if unix is None:
-            listeners = stream.listen_tcp(host, port)
-        else:
-            listeners = [stream.listen_unix(os.fspath(unix))]
-        undo.pop_all()
-    with Service(catalogue, listeners, **options) as service:
-        yield service
