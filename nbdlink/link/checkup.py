@@ -1,14 +1,15 @@
 """What a machine needs in order to attach devices, looked at one thing at a time.
 
 Looking only: no device is touched, and no module loaded but `tls`, which the kernel loads itself
-when it is tried. Each finding says how to mend what is
-missing, because whoever asks has a device that does not come up.
+when it is tried. Each finding says how to mend what is missing, because whoever asks has a device
+that does not come up.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Literal
 
 from nbdlink import kernel
 from nbdlink.errors import NBDError
-from nbdlink.kernel import module, sysfs, udev
+from nbdlink.kernel import module, sockets, sysfs, udev
 from nbdlink.link import installation, record
 
 Status = Literal["ok", "warning", "failed"]
@@ -49,6 +50,7 @@ def examine() -> Iterator[Finding]:
     yield _rights()
     if loaded:
         yield _netlink()
+        yield _moves()
         yield _nodes()
         yield _partitions()
         yield _free_device()
@@ -115,6 +117,32 @@ def _netlink() -> Finding:
         "the kernel has no nbd netlink family, or not in this namespace",
         "none: attaching falls back to ioctls, whose devices end with their connections",
     )
+
+
+def _moves() -> Finding:
+    check = "live connections"
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as client,
+    ):
+        number = sockets.cookie(client)
+        if sockets.connected([number]) != {number}:
+            return Finding(
+                check,
+                "warning",
+                "the kernel does not tell which are dead: there is no socket diagnosis",
+                "modprobe inet_diag tcp_diag unix_diag, if the kernel has those modules",
+            )
+        try:
+            sockets.destroy(number)
+        except NBDError as error:
+            return Finding(
+                check,
+                "warning",
+                f"they cannot be moved while they live: {error}",
+                error.hint or "none: dead ones are renewed all the same",
+            )
+    return Finding(check, "ok", "can be seen and moved")
 
 
 def _nodes() -> Finding:

@@ -15,7 +15,7 @@ from typing import Final
 from nbdlink import kernel
 from nbdlink.client.negotiate import Negotiation
 from nbdlink.client.security import Security
-from nbdlink.errors import ConfigError, KernelError
+from nbdlink.errors import ConfigError, KernelError, NBDError
 from nbdlink.link import record
 from nbdlink.link.attach import secure
 from nbdlink.link.health import health
@@ -107,19 +107,30 @@ def resize(index: int, size: int | None = None) -> int:
         raise ConfigError(f"{known.title}: {wanted} bytes are less than a block")
     if known.size != offered:
         # From here on this is the size that its connections are to have.
-        with record.held(index, _PATIENCE):
-            require_same(known)
-            record.write(replace(known_of(index), size=offered))
-    if health(known_of(index)).dead or (offered != known.size and not fences):
-        renew(index, everything=not fences, wait=_PATIENCE)
-    if health(known_of(index)).dead:
-        raise KernelError(
-            f"{known.title}: not all of its connections could be renewed, and with a dead one it "
-            "cannot be resized"
-        )
+        _expect(known, offered)
+    try:
+        if health(known_of(index)).dead or (offered != known.size and not fences):
+            renew(index, everything=not fences, wait=_PATIENCE)
+        if health(known_of(index)).dead:
+            raise KernelError(
+                f"{known.title}: not all of its connections could be renewed, and with a dead one "
+                "it cannot be resized"
+            )
+    except NBDError:
+        # Or a supervisor would take an export of that size for the device's, from then on.
+        if known.size is not None and known.size != offered:
+            _expect(known, known.size)
+        raise
     with record.held(index, _PATIENCE):
         _take_over(known, wanted, offered)
     return wanted
+
+
+def _expect(known: Record, size: int) -> None:
+    """Take note of which size an export must have to be the device's."""
+    with record.held(known.index, _PATIENCE):
+        require_same(known)
+        record.write(replace(known_of(known.index), size=size))
 
 
 def _take_over(known: Record, size: int, offered: int) -> None:

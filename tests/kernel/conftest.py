@@ -20,6 +20,7 @@ import pytest
 from nbdlink import kernel
 from nbdlink.errors import KernelError
 from nbdlink.kernel import module, netlink, sysfs, udev
+from nbdlink.link import record
 
 from .peer import Peer
 
@@ -27,6 +28,20 @@ PATIENCE = 60.0
 """Seconds that nothing here takes, on any machine."""
 
 SIZE = 8 << 20
+
+
+@pytest.fixture
+def runtime_directory(tmp_path, monkeypatch):
+    """Have records of this test's own."""
+    monkeypatch.setattr(record, "DIRECTORY", tmp_path / "run")
+
+
+@pytest.fixture
+def image(tmp_path):
+    """Make a disk's image, full of noise."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(os.urandom(SIZE))
+    return path
 
 
 @pytest.fixture

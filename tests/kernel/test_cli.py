@@ -19,15 +19,10 @@ from nbdlink.server import serve_in_thread
 
 from .conftest import until
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("runtime_directory")]
 
 SIZE = 16 << 20
 MAN = Path(__file__).parents[2] / "man"
-
-
-@pytest.fixture(autouse=True)
-def runtime_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "DIRECTORY", tmp_path / "run")
 
 
 @pytest.fixture

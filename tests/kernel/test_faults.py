@@ -34,16 +34,12 @@ missing = MISSING + FIREWALL_MISSING
 
 pytestmark = [
     pytest.mark.kernel,
+    pytest.mark.usefixtures("runtime_directory"),
     pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
 ]
 
 MANY = 6
 FEW = 2
-
-
-@pytest.fixture(autouse=True)
-def runtime_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "DIRECTORY", tmp_path / "run")
 
 
 @pytest.fixture

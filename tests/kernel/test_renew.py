@@ -29,22 +29,11 @@ from .restarts import Restartable
 
 pytestmark = [
     pytest.mark.kernel,
+    pytest.mark.usefixtures("runtime_directory"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 
 SIZE = 8 << 20
-
-
-@pytest.fixture(autouse=True)
-def runtime_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "DIRECTORY", tmp_path / "run")
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.img"
-    path.write_bytes(os.urandom(SIZE))
-    return path
 
 
 @pytest.fixture
@@ -350,6 +339,21 @@ def test_a_device_grows_with_its_export(server, attach, capsys, image):
     assert main(["resize", f"/dev/nbd{index}"]) == 0
     assert sysfs.size(index) == SIZE * 2
     assert content(index) == image.read_bytes()
+
+
+def test_a_resize_that_fails_halfway_changes_nothing(serve, attach, capsys, image):
+    server = serve("nbdkit")  # whose connections have to be renewed for it
+    index = attach(server.uri)
+    os.truncate(image, SIZE * 2)
+    server.restart()
+
+    def refuse(*_, **__):
+        raise TransportError("the server has gone again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nbdlink.link.resize.renew", refuse)
+        assert main(["resize", f"/dev/nbd{index}"]) == 1
+    assert record.read(index).size == sysfs.size(index) == SIZE
 
 
 def test_a_device_is_not_made_larger_than_its_export(server, attach, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,17 +34,9 @@ SIZE = 8 << 20
 
 
 @pytest.fixture(autouse=True)
-def runtime_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(record, "DIRECTORY", tmp_path / "run")
+def _freed(runtime_directory):
     yield
     free_all()
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.img"
-    path.write_bytes(os.urandom(SIZE))
-    return path
 
 
 @pytest.fixture
@@ -83,6 +76,19 @@ def supervise(tmp_path):
         supervisor.end(signal.SIGKILL)
 
 
+@pytest.fixture
+def attached(supervise, server):
+    """Have a supervisor attach the server's export; give the supervisor."""
+
+    def attach(**settings):
+        server.start()
+        supervisor = supervise(link(server, **settings))
+        supervisor.until("attached as /dev/nbd")
+        return supervisor
+
+    return attach
+
+
 def test_a_configured_link_is_attached(supervise, server, image):
     server.start()
     supervise(link(server)).until("attached as /dev/nbd")
@@ -96,10 +102,8 @@ def test_a_server_may_come_later_than_the_supervisor(supervise, server):
     supervisor.until("attached as /dev/nbd")
 
 
-def test_a_device_outlives_its_server(supervise, server, image):
-    server.start()
-    supervisor = supervise(link(server, connections=2))
-    supervisor.until("attached as")
+def test_a_device_outlives_its_server(attached, server, image):
+    supervisor = attached(connections=2)
     for _ in range(3):
         server.kill()
         supervisor.until("channels 0, 1 are dead")
@@ -128,18 +132,14 @@ def test_what_is_attached_by_hand_later_is_renewed_too(supervise, server):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_devices_outlive_the_supervisor(supervise, server, number):
-    server.start()
-    supervisor = supervise(link(server, connections=2))
-    supervisor.until("attached as")
+def test_devices_outlive_the_supervisor(attached, number):
+    supervisor = attached(connections=2)
     supervisor.end(number)
     assert live() == 2
 
 
-def test_a_supervisor_that_was_killed_finds_everything_again(supervise, server):
-    server.start()
-    first = supervise(link(server, connections=2))
-    first.until("attached as")
+def test_a_supervisor_that_was_killed_finds_everything_again(attached, server, supervise):
+    first = attached(connections=2)
     cookies = [each.cookie for each in record.read(index_of("data")).channels]
     first.end(signal.SIGKILL)
     second = supervise()
@@ -149,19 +149,26 @@ def test_a_supervisor_that_was_killed_finds_everything_again(supervise, server):
     second.until("channels 0, 1 renewed")
 
 
-def test_what_died_while_nobody_looked_is_renewed(supervise, server):
-    server.start()
-    first = supervise(link(server))
-    first.until("attached as")
+def test_two_that_look_after_one_link_do_no_harm(attached, server, supervise, image):
+    first = attached(connections=2)
+    second = supervise()
+    second.until("ready")
+    for _ in range(3):
+        server.restart()
+        until(lambda: live() == 2)
+    assert Path(f"/dev/nbd{index_of('data')}").read_bytes() == image.read_bytes()
+    assert not re.search("Traceback|unexpected", first.log() + second.log())
+
+
+def test_what_died_while_nobody_looked_is_renewed(attached, server, supervise):
+    first = attached()
     first.end(signal.SIGKILL)
     server.restart()
     supervise().until("channels 0 renewed")
 
 
-def test_without_its_record_a_device_is_known_by_its_identifier(supervise, server):
-    server.start()
-    first = supervise(link(server, connections=2))
-    first.until("attached as")
+def test_without_its_record_a_device_is_known_by_its_identifier(attached, server, supervise):
+    first = attached(connections=2)
     index = index_of("data")
     first.end()
     record.remove(index)
@@ -171,10 +178,8 @@ def test_without_its_record_a_device_is_known_by_its_identifier(supervise, serve
     second.until("channels 0, 1 renewed; 2 of 2 live")
 
 
-def test_what_was_detached_on_purpose_stays_so(supervise, server):
-    server.start()
-    supervisor = supervise(link(server))
-    supervisor.until("attached as")
+def test_what_was_detached_on_purpose_stays_so(attached):
+    supervisor = attached()
     assert main(["detach", "data"]) == 0
     supervisor.until("data: was detached")
     supervisor.tell(signal.SIGHUP)
@@ -189,10 +194,8 @@ def test_who_is_named_is_attached_even_if_it_was_detached(supervise, server):
     supervise(link(server), "data").until("data: attached as")
 
 
-def test_attaching_by_hand_ends_the_detachment(supervise, server):
-    server.start()
-    supervisor = supervise(link(server))
-    supervisor.until("attached as")
+def test_attaching_by_hand_ends_the_detachment(attached, server):
+    supervisor = attached()
     assert main(["detach", "data"]) == 0
     supervisor.until("data: was detached")
     main(["attach", server.uri, "--name", "data", "--dead-timeout", "99"])
@@ -200,19 +203,15 @@ def test_attaching_by_hand_ends_the_detachment(supervise, server):
     supervisor.until("channels 0 renewed")
 
 
-def test_a_device_that_somebody_else_disconnects_comes_back(supervise, server):
-    server.start()
-    supervisor = supervise(link(server))
-    supervisor.until("attached as")
+def test_a_device_that_somebody_else_disconnects_comes_back(attached):
+    supervisor = attached()
     kernel.detach(index_of("data"))
     supervisor.until("data: is gone")
     supervisor.until("attached as")
 
 
-def test_a_device_of_the_ioctl_road_comes_back(supervise, server):
-    server.start()
-    supervisor = supervise(link(server, ioctl="true", device='"/dev/nbd4"'))
-    supervisor.until("attached as /dev/nbd4")
+def test_a_device_of_the_ioctl_road_comes_back(attached, server):
+    supervisor = attached(ioctl="true", device='"/dev/nbd4"')
     server.restart()
     supervisor.until("attached as /dev/nbd4")
     assert sysfs.size(4) == SIZE
@@ -240,10 +239,8 @@ def test_an_ioctl_device_that_was_detached_by_hand_stays_so(supervise, server):
     assert sysfs.pid(4) is None
 
 
-def test_a_device_that_has_another_use_by_now_keeps_its_record(supervise, server):
-    server.start()
-    supervisor = supervise(link(server, device='"/dev/nbd4"'))
-    supervisor.until("attached as /dev/nbd4")
+def test_a_device_that_has_another_use_by_now_keeps_its_record(attached, server):
+    supervisor = attached(device='"/dev/nbd4"')
     supervisor.tell(signal.SIGSTOP)
     assert main(["detach", "data"]) == 0
     assert main(["attach", server.uri, "/dev/nbd4", "--name", "other"]) == 0
@@ -252,10 +249,8 @@ def test_a_device_that_has_another_use_by_now_keeps_its_record(supervise, server
     assert record.read(4).name == "other"
 
 
-def test_another_configuration_is_told_while_it_runs(supervise, server):
-    server.start()
-    supervisor = supervise(link(server))
-    supervisor.until("attached as")
+def test_another_configuration_is_told_while_it_runs(attached, server):
+    supervisor = attached()
     supervisor.config.write_text(link(server, connections=2))
     supervisor.tell(signal.SIGHUP)
     supervisor.until("is attached with another connections than is configured")
@@ -283,10 +278,8 @@ def test_the_channels_of_a_dead_route_take_another_one_and_come_back(supervise, 
     assert [each.route for each in channels] == [here.uri, there.uri]
 
 
-def test_an_export_that_was_swapped_is_refused(supervise, server, image):
-    server.start()
-    supervisor = supervise(link(server))
-    supervisor.until("attached as")
+def test_an_export_that_was_swapped_is_refused(attached, server, image):
+    supervisor = attached()
     server.kill()
     os.truncate(image, SIZE // 2)
     server.start()
@@ -327,10 +320,8 @@ def test_a_new_configuration_is_taken_over(supervise, server, tmp_path):
     supervisor.until("attached as")
 
 
-def test_a_mistake_in_the_new_configuration_changes_nothing(supervise, server):
-    server.start()
-    supervisor = supervise(link(server))
-    supervisor.until("attached as")
+def test_a_mistake_in_the_new_configuration_changes_nothing(attached, server):
+    supervisor = attached()
     supervisor.config.write_text("[link.data]\nbad = 1\n")
     supervisor.tell(signal.SIGHUP)
     supervisor.until("the configuration stays as it was: .*:2: unknown key 'bad'")
@@ -338,10 +329,8 @@ def test_a_mistake_in_the_new_configuration_changes_nothing(supervise, server):
     supervisor.until("channels 0 renewed")
 
 
-def test_a_link_that_is_no_longer_configured_stays_attached(supervise, server):
-    server.start()
-    supervisor = supervise(link(server))
-    supervisor.until("attached as")
+def test_a_link_that_is_no_longer_configured_stays_attached(attached, server):
+    supervisor = attached()
     supervisor.config.write_text("")
     supervisor.tell(signal.SIGHUP)
     supervisor.until("read again: 0 links")

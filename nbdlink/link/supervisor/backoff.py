@@ -97,7 +97,11 @@ class Backoff:
         exponent = min(max(0, self._longer - 1), 60)
         most = self._soon if now - self._begun < _MINUTE else self._longest
         pause = min(most, self._first * self._factor**exponent)
-        return now + pause * (1 + self._jitter * (2 * self._dice() - 1))
+        return now + self.scattered(pause)
+
+    def scattered(self, pause: float) -> float:
+        """Give a pause that is a little shorter or longer than this one."""
+        return pause * (1 + self._jitter * (2 * self._dice() - 1))
 
     def succeeded(self, now: float) -> None:
         """Take note of a success, which counts once it has lasted."""

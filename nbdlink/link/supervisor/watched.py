@@ -22,7 +22,7 @@ the export has grown."""
 RETURN_SECONDS = 30.0
 """Between two attempts to go back to a route that was dead."""
 MEASURE_SECONDS = 30.0
-"""Between two looks at an export's size."""
+"""Between two looks at an export's size, more or less: not at all of a server's at once."""
 _HOPELESS_SECONDS = 30.0
 """Before what needs a person's help is tried again all the same: that person has been there."""
 _IMPATIENT_SECONDS = 2.0
@@ -138,7 +138,7 @@ class Watched:
         if act == "return":
             self.next_return = now + RETURN_SECONDS
         if act == "measure":
-            self.next_measure = now + MEASURE_SECONDS
+            self.next_measure = now + self.backoff.scattered(MEASURE_SECONDS)
         patient = act == "attach" or self.backoff.attempts % 4 == 3
         return None if patient else _IMPATIENT_SECONDS
 
@@ -149,7 +149,7 @@ class Watched:
         if act in ("attach", "renew"):
             self.trouble = None
             self.backoff.succeeded(now)
-            self.next_measure = now + MEASURE_SECONDS
+            self.next_measure = now + self.backoff.scattered(MEASURE_SECONDS)
         else:
             self.grumble = ""
 
