@@ -1,8 +1,8 @@
 """What a machine needs in order to attach devices, looked at one thing at a time.
 
-Looking only: no device is touched, and no module loaded but `tls`, which the kernel loads itself
-when it is tried. Each finding says how to mend what is missing, because whoever asks has a device
-that does not come up.
+Looking only: no device is touched, and no module loaded but what the kernel loads itself when it
+is tried (`tls`, socket diagnosis). Each finding says how to mend what is missing, because whoever
+asks has a device that does not come up.
 """
 
 from __future__ import annotations
