@@ -112,6 +112,11 @@ def device_as_json(index: int) -> dict[str, Any]:
 
 
 def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str, Any]:
+    from nbdlink.link.health import count_live
+
+    live = count_live(known) if known else None
+    if live is None:
+        live = state.live_links
     return {
         "device": state.path,
         "name": known.name if known else None,
@@ -120,7 +125,7 @@ def _device_sheet(state: kernel.DeviceStatus, known: Record | None) -> dict[str,
         "read_only": state.read_only,
         "block_size": state.block_size,
         "target": known.target if known else None,
-        "connections": {"live": state.live_links, "total": known.connections if known else None},
+        "connections": {"live": live, "total": known.connections if known else None},
         "timeout": known.timeout if known else None,
         "dead_timeout": known.dead_timeout if known else None,
         "road": state.road,
@@ -149,7 +154,7 @@ def _channels(known: Record) -> list[dict[str, Any]]:
             "reason": each.reason,
             "route": each.route,
             "alive": None if alive is None or each.cookie is None else each.cookie in alive,
-            "generation": each.generation,
+            "renewals": each.renewals,
             "relay": each.relay,
         }
         for each in known.channels
@@ -176,8 +181,8 @@ def _channel_line(channel: dict[str, Any]) -> str:
         road = "TLS in the kernel" if channel["tls"] == "kernel" else "TLS through the relay"
         why = f" ({channel['reason']})" if channel["reason"] else ""
         words.append(f"{road}{why}, {channel['version']}, {channel['cipher']}")
-    if channel["generation"]:
-        words.append(f"renewed {channel['generation']} times")
+    if renewals := channel["renewals"]:
+        words.append("renewed once" if renewals == 1 else f"renewed {renewals} times")
     return ", ".join(words)
 
 

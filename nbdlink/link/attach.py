@@ -201,7 +201,7 @@ def _same_link(spec: LinkSpec, index: int | None) -> kernel.Device | None:
         if changed := differences(known.spec, describe(spec)):
             move = ", or nbdlink reconnect to move it" if "target" in changed else ""
             raise DeviceBusyError(
-                f"the link {spec.name!r} is already {state.path} ({known.target}), with another "
+                f"the link {spec.name!r} is already {state.path} ({known.target}); it differs in "
                 f"{' and '.join(changed)}",
                 hint=f"nbdlink detach {spec.name} first, or choose another --name{move}",
             )

@@ -27,7 +27,7 @@ class Channels:
 
     Attributes:
         sockets: what to give to the kernel.
-        known: what is known of each, but for its route and generation.
+        known: what is known of each, but for its route and its place's past.
     """
 
     sockets: tuple[socket.socket, ...]

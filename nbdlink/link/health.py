@@ -53,6 +53,16 @@ def health(known: Record, look: Look = sockets.connected) -> Health:
     return Health(tuple(live), tuple(n for n in numbers if n not in live))
 
 
+def count_live(known: Record, look: Look = sockets.connected) -> int | None:
+    """Count a device's live channels; None unless the socket of each can be seen from here."""
+    here = network()
+    cookies = {each.cookie for each in known.channels if each.network == here and each.cookie}
+    if not cookies or len(cookies) != len(known.channels):
+        return None
+    alive = look(cookies)
+    return None if alive is None else len(alive)
+
+
 def looked(cookies: Iterable[int | None]) -> Look:
     """Look at all these sockets at once; the kernel lists every one of the machine each time."""
     alive = sockets.connected([cookie for cookie in cookies if cookie])

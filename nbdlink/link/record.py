@@ -46,7 +46,8 @@ class Channel:
         route: the URI that it was made to, or None if that is not known.
         cookie: by which the kernel's socket is known (`nbdlink.kernel.sockets`), or None.
         network: the network namespace in which that socket can be seen, or None.
-        generation: how many connections there were before it in its place.
+        generation: how many attempts at a connection there were before it in its place.
+        renewals: how many of them the kernel was given.
         relay: number of the process that does TLS for it, or None.
     """
 
@@ -58,6 +59,7 @@ class Channel:
     cookie: int | None = None
     network: int | None = None
     generation: int = 0
+    renewals: int = 0
     relay: int | None = None
 
 

@@ -208,7 +208,10 @@ class _Attempt:
             )
             new = {
                 number: replace(
-                    each, route=str(route), generation=self.known.channels[number].generation
+                    each,
+                    route=str(route),
+                    generation=self.known.channels[number].generation,
+                    renewals=self.known.channels[number].renewals + 1,
                 )
                 for each, route, number in zip(ready.known, taken, numbers, strict=False)
             }

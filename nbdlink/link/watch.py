@@ -5,15 +5,15 @@ is known of it in its record, what it does in the block layer's counters. The ke
 a connection dies or a device changes, so that a look at the right moment says what became of it.
 
 How many connections are up is the one thing that takes long to find out on a machine with many
-processes (`sysfs.live_links`). It is looked for when something was heard, and else so seldom that
-it takes a hundredth of the time at most.
+processes or sockets (`sysfs.live_links`, `health`). It is looked for when something was heard,
+and else so seldom that it takes a hundredth of the time at most.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from nbdlink.kernel.events import Event, EventKind
 from nbdlink.kernel.state import DeviceState
 from nbdlink.kernel.statistics import Rates, Sample
 from nbdlink.link import record
+from nbdlink.link.health import count_live, looked
+from nbdlink.link.record import Record
 from nbdlink.sizes import format_size
 from nbdlink.uri import Target
 
@@ -220,7 +222,8 @@ class Observer:
                 known = None
             if self._wants(index, known.name if known else None):
                 attached[index] = (pid, backend, known)
-        self._count(force or attached.keys() != self.links.keys(), set(attached), died)
+        records = {index: known for index, (_, _, known) in attached.items()}
+        self._count(force or attached.keys() != self.links.keys(), records, died)
         return {
             index: _link(index, *found, self._live(index), self.links.get(index))
             for index, found in attached.items()
@@ -232,13 +235,13 @@ class Observer:
     def _live(self, index: int) -> int | None:
         return None if self._counts is None else self._counts.get(index)
 
-    def _count(self, force: bool, attached: set[int], died: set[int]) -> None:
+    def _count(self, force: bool, attached: dict[int, Record | None], died: set[int]) -> None:
         """Count the connections that are up, if it is worth it."""
         now = time.monotonic()
         if not attached or (not force and now < self._count_next):
             return
         began = time.thread_time()
-        self._counts = sysfs.live_links()
+        self._counts = _counted(attached)
         # What was heard may not show yet; the next look will see to it that nothing is missed.
         cost = 0.0 if force else (time.thread_time() - began) / _LOOKING_SHARE
         self._count_next = now + cost
@@ -247,9 +250,9 @@ class Observer:
         deadline = now + _SETTLE_SECONDS
         while self._counts and time.monotonic() < deadline and self._doubtful(attached, died):
             time.sleep(_SETTLE_SECONDS / 10)
-            self._counts = sysfs.live_links()
+            self._counts = _counted(attached)
 
-    def _doubtful(self, attached: set[int], died: set[int]) -> bool:
+    def _doubtful(self, attached: Collection[int], died: set[int]) -> bool:
         for index in attached:
             live = self._live(index)
             before = self.links[index].live if index in self.links else None
@@ -260,6 +263,18 @@ class Observer:
             if live == 0 and before != 0 and index not in died:
                 return True
         return False
+
+
+def _counted(attached: dict[int, Record | None]) -> dict[int, int] | None:
+    """Count the connections that are up, by their sockets where these are known."""
+    records = [known for known in attached.values() if known is not None]
+    look = looked({each.cookie for known in records for each in known.channels})
+    seen = {known.index: count_live(known, look) for known in records}
+    exact = {index: live for index, live in seen.items() if live is not None}
+    if exact.keys() == attached.keys():
+        return exact
+    counts = sysfs.live_links()
+    return None if counts is None and not exact else {**(counts or {}), **exact}
 
 
 def compare(
@@ -382,7 +397,7 @@ def _link(
         known.target,
         _routes(known),
         _tls(known),
-        sum(channel.generation for channel in known.channels),
+        sum(channel.renewals for channel in known.channels),
         (backend, pid),
     )
 

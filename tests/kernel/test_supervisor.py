@@ -143,7 +143,7 @@ def test_a_supervisor_that_was_killed_finds_everything_again(attached, server, s
     cookies = [each.cookie for each in record.read(index_of("data")).channels]
     first.end(signal.SIGKILL)
     second = supervise()
-    second.until("ready: 1 links, 1 attached")
+    second.until("ready: 1 link, 1 attached")
     assert [each.cookie for each in record.read(index_of("data")).channels] == cookies
     server.restart()
     second.until("channels 0, 1 renewed")
@@ -192,6 +192,12 @@ def test_who_is_named_is_attached_even_if_it_was_detached(supervise, server):
     server.start()
     record.mark_detached("data")
     supervise(link(server), "data").until("data: attached as")
+
+
+def test_what_stays_detached_is_told_at_the_start(attached, supervise):
+    attached().end()
+    assert main(["detach", "data"]) == 0
+    supervise().until("data: stays detached.*nbdlink attach --name data")
 
 
 def test_attaching_by_hand_ends_the_detachment(attached, server):
@@ -253,7 +259,7 @@ def test_another_configuration_is_told_while_it_runs(attached, server):
     supervisor = attached()
     supervisor.config.write_text(link(server, connections=2))
     supervisor.tell(signal.SIGHUP)
-    supervisor.until("is attached with another connections than is configured")
+    supervisor.until("is not attached as it is configured, but differs in connections")
 
 
 def test_a_module_that_is_gone_is_loaded_again(supervise, server):
@@ -342,7 +348,7 @@ def test_another_configuration_of_a_running_link_is_told(supervise, server):
     server.start()
     assert main(["attach", server.uri, "--name", "data"]) == 0
     supervise(link(server, connections=2)).until(
-        "is attached with another connections and timeout and dead-timeout than is configured"
+        "differs in connections and timeout and dead-timeout"
     )
 
 
@@ -375,7 +381,7 @@ def test_the_service_manager_is_told(supervise, server, tmp_path):
         under = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
         supervisor = supervise(link(server), under=under)
         hear("READY=1")
-        hear("STATUS=1 links, 1 attached")
+        hear("STATUS=1 link, 1 attached")
         hear("WATCHDOG=1")
         told = ""
         supervisor.tell(signal.SIGHUP)

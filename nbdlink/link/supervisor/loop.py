@@ -317,8 +317,8 @@ class Supervisor:
             changed = [each for each in differences(known.spec, wanted) if each != "road"]
             if changed:
                 _log.warning(
-                    "%s: is attached with another %s than is configured; it stays so until it is "
-                    "detached",
+                    "%s: is not attached as it is configured, but differs in %s; it stays so until "
+                    "it is detached",
                     link.title,
                     " and ".join(changed),
                 )
@@ -334,9 +334,12 @@ class Supervisor:
             link.health = health(known, look)
         else:
             self._see_ioctl(link, known)
-        if link.health and link.health.dead and link.health.dead != before and not link.busy:
-            numbers = ", ".join(str(number) for number in link.health.dead)
-            _log.info("%s: channels %s are dead", link.title, numbers)
+        if link.health and link.health.dead != before and not link.busy:
+            if link.health.dead:
+                numbers = ", ".join(str(number) for number in link.health.dead)
+                _log.info("%s: channels %s are dead", link.title, numbers)
+            else:
+                _log.info("%s: somebody else has renewed it", link.title)
         link.seen(time.monotonic())
 
     def _see_ioctl(self, link: Watched, known: Record) -> None:
@@ -354,7 +357,10 @@ class Supervisor:
     def _miss(self, key: str, link: Watched) -> None:
         """Take note that a link is not attached."""
         # What has no name is marked by its device.
+        before = link.detached
         link.detached = record.is_detached(key.removeprefix("/dev/"))
+        if link.detached and not before and link.index is None and link.spec:
+            _log.info("%s: stays detached; nbdlink attach --name %s brings it back", key, key)
         if link.index is not None:
             self._lost(key, link)
         if link.detached and key not in self._wanted:
@@ -451,7 +457,7 @@ class Supervisor:
     def _tell(self) -> None:
         """Tell the service manager how it goes, if that has changed."""
         states = [link.state for link in self.links.values()]
-        words = f"{len(states)} links" + "".join(
+        words = f"{len(states)} link{'s' if len(states) != 1 else ''}" + "".join(
             f", {states.count(state)} {state}"
             for state in ("attached", "degraded", "dead", "waiting", "detached")
             if state in states
