@@ -30,6 +30,7 @@ BUSY_SECONDS = 2.0
 """How long somebody else's glance at a free device is waited out."""
 
 _LOOK_SECONDS = 0.25
+_RECEIVERS_SECONDS = 1.0
 _SMALLEST_BLOCK = 512
 _MULTI_CONN = 1 << 8
 _SIZE_LIMIT = 1 << 63
@@ -124,17 +125,20 @@ def attach(binding: Binding, *, road: Road = "auto", wait: float | None = 30.0) 
         RightsError: CAP_SYS_ADMIN is missing.
         ModuleMissingError: there is no driver and none could be loaded.
         KernelError: anything else the kernel refuses; the server does not answer the first
-            read; there is no node. The device is detached again in that case.
+            read; there is no node. The device is detached again in that case. With EAGAIN it is
+            worth to be tried again, with new connections.
     """
     module.require()
     if wait is None:
         index, taken, reason = _bind(binding, road, lambda: None)
+        _require_receivers(index, taken, len(binding.sockets))
         return Device(index, f"/dev/nbd{index}", (), taken, reason, (), sysfs.pid(index))
     from nbdlink.kernel.udev import Watch
 
     deadline = time.monotonic() + wait
     with Watch() as watch:
         index, taken, reason = _bind(binding, road, watch.mark)
+        _require_receivers(index, taken, len(binding.sockets))
         try:
             partitions = _scan(index, deadline, watch.listening)
             names = [f"nbd{index}", *(partition.name for partition in partitions)]
@@ -237,6 +241,33 @@ def _bind(binding: Binding, road: Road, mark: Callable[[], None]) -> tuple[int, 
             if binding.dead_timeout:
                 reason += "; ioctls know no dead timeout, so the device ends with its connection"
     return _persist(binding, mark, _over_ioctl), "ioctl", reason
+
+
+def _require_receivers(index: int, road: str, count: int) -> None:
+    """Make sure that the kernel listens on every connection of a device; or undo it.
+
+    Each has work of its own (`recv_work`) in the device's workqueue, which never ends. If the
+    kernel cannot make a worker within 10 ms, as on a machine that is very busy, the workqueue's
+    rescuer takes all that waits and does one after the other (`rescuer_thread` in
+    kernel/workqueue.c): on all connections but the first of these nobody ever listens, and what
+    is asked on them is not heard of before its timeout. Seen with Linux 6.1.
+
+    Raises:
+        KernelError: EAGAIN; the device is detached again.
+    """
+    if count < 2:
+        return
+    deadline = time.monotonic() + _RECEIVERS_SECONDS
+    while (links := sysfs.live_links()) and links.get(index, count) < count:
+        if time.monotonic() >= deadline:
+            _undo(index, road)
+            raise KernelError(
+                f"/dev/nbd{index}: the kernel listens on {links[index]} of {count} connections "
+                "only, as it is too busy",
+                errno=errno.EAGAIN,
+                hint="try again, or with fewer connections",
+            )
+        time.sleep(0.002)
 
 
 def _over_netlink(binding: Binding) -> int:

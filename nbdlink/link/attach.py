@@ -8,6 +8,7 @@ then on the kernel speaks to the server by itself, and this process may end.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import secrets
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ from nbdlink.transport.stream import Wire
 from nbdlink.uri import Target
 
 _LONGEST_IDENTIFIER = 512
+_ATTEMPTS = 3
+"""How often a device is bound if the kernel is too busy to do it well."""
 _PATIENCE = 20.0
 """Seconds to wait for who is renewing the link: a supervisor's attempt takes up to 15."""
 
@@ -88,6 +91,18 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
             if existing := _same_link(spec, index):
                 record.unmark_detached(spec.name)
                 return existing
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return _bind(spec, securities, index)
+            except KernelError as error:
+                if error.errno != errno.EAGAIN:
+                    raise
+        return _bind(spec, securities, index)
+
+
+def _bind(spec: LinkSpec, securities: dict[Target, Security], index: int | None) -> kernel.Device:
+    """Negotiate, and hand over to the kernel."""
+    with contextlib.ExitStack() as stack:
         session = secrets.token_hex(16)
         wires, routes, export = _negotiate_all(spec, securities, session, stack)
         _binding(spec, index, [wire.fileno() for wire in wires], export)  # before a relay starts

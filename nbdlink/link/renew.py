@@ -211,7 +211,7 @@ class _Attempt:
                     each,
                     route=str(route),
                     generation=self.known.channels[number].generation,
-                    renewals=self.known.channels[number].renewals + 1,
+                    renewals=self.known.channels[number].renewals,
                 )
                 for each, route, number in zip(ready.known, taken, numbers, strict=False)
             }
@@ -229,6 +229,7 @@ class _Attempt:
             )
         there = sockets.connected([each.cookie for each in new.values() if each.cookie])
         kept = [n for n, each in new.items() if there is None or each.cookie in there]
+        self._note({n: replace(new[n], renewals=new[n].renewals + 1) for n in kept})
         if not kept and sysfs.settled_links({self.known.index}) == {
             self.known.index: len(self.known.channels)
         }:

@@ -43,6 +43,14 @@ def test_what_is_written_arrives_at_the_server(attach, peer, road):
     assert peer.data[8192:12288] == b"w" * 4096
 
 
+def test_a_device_on_whose_connections_nobody_listens_is_detached_again(attach, road, monkeypatch):
+    monkeypatch.setattr(sysfs, "live_links", lambda: {3: 1})
+    with pytest.raises(KernelError, match="listens on 1 of 2 connections") as failure:
+        attach(road=road, index=3, connections=2, flags=MULTI_CONN)
+    assert failure.value.errno == errno.EAGAIN
+    until(lambda: sysfs.pid(3) is None)
+
+
 def test_the_chosen_device_is_taken(attach, road):
     assert attach(road=road, index=5).path == "/dev/nbd5"
 

@@ -15,7 +15,7 @@ import pytest
 from nbdlink import kernel
 from nbdlink.cli.main import main
 from nbdlink.errors import DeviceInUseError, ForeignExportError, KernelError, TransportError
-from nbdlink.kernel import sockets, sysfs
+from nbdlink.kernel import device, sockets, sysfs
 from nbdlink.link import record
 from nbdlink.link.attach import detach
 from nbdlink.link.health import Health, health
@@ -76,6 +76,17 @@ def all_dead(index):
 
 def content(index):
     return Path(f"/dev/nbd{index}").read_bytes()
+
+
+def test_a_kernel_that_is_too_busy_is_asked_again(serve, attach, image, monkeypatch):
+    """It may not listen on some of the connections, for ever: nobody has used them yet."""
+    undone = []
+    look, undo = sysfs.live_links, device._undo
+    monkeypatch.setattr(sysfs, "live_links", lambda: look() if undone else {0: 1})
+    monkeypatch.setattr(device, "_undo", lambda *what: undone.append(what) or undo(*what))
+    index = attach(serve().uri, "/dev/nbd0", "-C", "2")
+    assert undone == [(0, "netlink")]
+    assert content(index) == image.read_bytes()
 
 
 def test_dead_connections_are_replaced(server, attach):
