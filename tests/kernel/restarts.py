@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 
+from nbdlink.cli.main import main
 from nbdlink.uri import Target
 from tests.interop.peers import _greets
 
 from .conftest import until
+from .forked import Forked
 
 
 class Restartable:
@@ -38,12 +39,13 @@ class Restartable:
         return str(self.target)
 
     def command(self):
+        """Give its words; those of ours without the first."""
         if self.kind == "nbdkit":
             return ["nbdkit", "-f", "-p", self.port, "-i", "127.0.0.1", "file", self.image]
         if self.kind == "qemu-nbd":
             words = ["qemu-nbd", "-p", self.port, "-b", "127.0.0.1", "-t", "-e", "0", "-f", "raw"]
             return [*words, "-x", "data", self.image]
-        words = [sys.executable, "-m", "nbdlink", "serve", "-b", "127.0.0.1", "-p", self.port]
+        words = ["serve", "-b", "127.0.0.1", "-p", self.port]
         if self._credentials:
             words += ["--tls-certificates", self._credentials]
         return [*words, "-x", "data", *self._options, self.image]
@@ -53,17 +55,20 @@ class Restartable:
         with self._lock:
             assert self._process is None
             self._options = options or self._options
-            with (self._folder / f"server-{self.port}.log").open("a") as log:
-                self._process = subprocess.Popen(
-                    [str(word) for word in self.command()],
-                    stdout=subprocess.DEVNULL,
-                    stderr=log,
-                    start_new_session=True,
-                )
+            self._process = self._run([str(word) for word in self.command()])
             # Whoever is first in line gets the greeting; this server only has to be there.
             until(lambda: self._process.poll() is not None or _greets(self.target))
             assert self._process.poll() is None, self.log()
         return self
+
+    def _run(self, words):
+        path = self._folder / f"server-{self.port}.log"
+        if self.kind == "nbdlink":
+            return Forked(main, (words,), stderr=path)
+        with path.open("a") as log:
+            return subprocess.Popen(
+                words, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True
+            )
 
     def kill(self):
         """End it as a crash does."""

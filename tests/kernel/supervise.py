@@ -1,26 +1,26 @@
-"""`nbdlink supervise` with a configuration of the test's: FILE PORT [NAME ...]."""
+"""`nbdlink supervise` with a configuration of the test's."""
 
 from __future__ import annotations
 
-import sys
+import os
 from pathlib import Path
 
 from nbdlink.cli.main import complain
 from nbdlink.cli.supervise import supervise
 from nbdlink.errors import ConfigError, NBDError
+from nbdlink.link import record
 from nbdlink.link.config import files
+from nbdlink.link.supervisor import loop  # noqa: F401 - imported here once, and not in each fork
 
-file, port, *names = sys.argv[1:]
-nothing = Path("/nonexistent")
-
-
-def load():
-    return files.load(Path(file), nothing, nothing)
+_NOTHING = Path("/nonexistent")
 
 
-try:
-    status = supervise(load, names, int(port), verbose=2)
-except NBDError as error:
-    complain(error)
-    status = 2 if isinstance(error, ConfigError) else 1
-sys.exit(status)
+def run(file, port, names):
+    """Be the daemon; give the exit status."""
+    # Read from the environment when it was imported, which was before there was this one.
+    record.DIRECTORY = Path(os.environ["NBDLINK_RUNTIME_DIRECTORY"])
+    try:
+        return supervise(lambda: files.load(file, _NOTHING, _NOTHING), names, port, verbose=2)
+    except NBDError as error:
+        complain(error)
+        return 2 if isinstance(error, ConfigError) else 1

@@ -7,15 +7,14 @@ import os
 import queue
 import re
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 from nbdlink.link import record
 from nbdlink.link.health import health
 
 from .conftest import PATIENCE
+from .forked import Forked, pipe
+from .supervise import run
 
 
 class Supervisor:
@@ -29,16 +28,15 @@ class Supervisor:
         self.config = folder / "nbdlink.toml"
         if not self.config.exists():
             self.config.write_text("")
-        environment = {**os.environ, "NBDLINK_RUNTIME_DIRECTORY": str(record.DIRECTORY)}
+        environment = {"NBDLINK_RUNTIME_DIRECTORY": str(record.DIRECTORY), **(under or {})}
         self.said = []
         self._lines = queue.Queue()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.kernel.supervise", self.config, str(port), *names],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**environment, **(under or {})},
-            cwd=Path(__file__).parents[2],
-        )
+        reading, writing = pipe()
+        self._log = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
+        with reading, writing:
+            self._process = Forked(
+                run, (self.config, port, tuple(names)), stderr=writing, environment=environment
+            )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -47,7 +45,7 @@ class Supervisor:
         return self._process.pid
 
     def _read(self):
-        for line in self._process.stderr:
+        for line in self._log:
             self._lines.put(line)
         self._lines.put(None)
 
@@ -79,7 +77,7 @@ class Supervisor:
             self._process.send_signal(number)
         status = self._process.wait(PATIENCE)
         self._reader.join(PATIENCE)
-        self._process.stderr.close()
+        self._log.close()
         return status
 
 

@@ -35,6 +35,7 @@ missing = MISSING + FIREWALL_MISSING
 pytestmark = [
     pytest.mark.kernel,
     pytest.mark.usefixtures("runtime_directory"),
+    pytest.mark.timeout(400),  # a round of a fault takes many seconds on a busy machine
     pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}"),
 ]
 
