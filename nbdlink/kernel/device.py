@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ BUSY_SECONDS = 2.0
 """How long somebody else's glance at a free device is waited out."""
 
 _LOOK_SECONDS = 0.25
-_RECEIVERS_SECONDS = 1.0
+_RECEIVERS_SECONDS = 2.0
+"""For which no worker comes for a connection, before none is believed to come."""
 _SMALLEST_BLOCK = 512
 _MULTI_CONN = 1 << 8
 _SIZE_LIMIT = 1 << 63
@@ -257,17 +259,20 @@ def _require_receivers(index: int, road: str, count: int) -> None:
     """
     if count < 2:
         return
-    deadline = time.monotonic() + _RECEIVERS_SECONDS
-    while (links := sysfs.live_links()) and links.get(index, count) < count:
-        if time.monotonic() >= deadline:
+    most, deadline = 0, math.inf
+    while (links := sysfs.live_links()) and (live := links.get(index, count)) < count:
+        now = time.monotonic()
+        if live > most or deadline == math.inf:
+            most, deadline = live, now + _RECEIVERS_SECONDS
+        elif now >= deadline:
             _undo(index, road)
             raise KernelError(
-                f"/dev/nbd{index}: the kernel listens on {links[index]} of {count} connections "
-                "only, as it is too busy",
+                f"/dev/nbd{index}: the kernel listens on {most} of {count} connections only, as it "
+                "is too busy",
                 errno=errno.EAGAIN,
                 hint="try again, or with fewer connections",
             )
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def _over_netlink(binding: Binding) -> int:

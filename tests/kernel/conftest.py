@@ -7,6 +7,7 @@ emulation that is 20 times slower: deadlines are generous and cost nothing when 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -65,21 +66,25 @@ def attach(peer):
     def attach(
         *, connections=1, flags=0, road="auto", wait=PATIENCE, family=None, server=peer, **fields
     ):
-        mine = [server.connect() for _ in range(connections)]
-        sockets.extend(mine)
         fields.setdefault("size", len(server.data))
         # The unit of the partition tables that are used here.
         fields.setdefault("block_size", 512)
-        binding = kernel.Binding(
-            sockets=tuple(sock.fileno() for sock in mine),
-            transmission_flags=server.flags | flags,
-            **fields,
-        )
-        try:
-            return kernel.attach(binding, road=road, wait=wait)
-        finally:
-            for sock in mine:
-                sock.close()
+        flags |= server.flags
+        for attempt in range(3):
+            mine = [server.connect() for _ in range(connections)]
+            sockets.extend(mine)
+            numbers = tuple(sock.fileno() for sock in mine)
+            binding = kernel.Binding(sockets=numbers, transmission_flags=flags, **fields)
+            try:
+                return kernel.attach(binding, road=road, wait=wait)
+            except KernelError as error:
+                # The machine is busy, which the tests are not about.
+                if error.errno != errno.EAGAIN or attempt == 2:
+                    raise
+            finally:
+                for sock in mine:
+                    sock.close()
+        raise AssertionError
 
     yield attach
     for sock in sockets:
