@@ -30,7 +30,8 @@ VERBS = {
     "info": ("nbdlink.cli.show", "show all that is known of an export or a device"),
     "map": ("nbdlink.cli.map", "show what is allocated"),
     "copy": ("nbdlink.cli.copy", "copy images from and to exports"),
-    "serve": ("nbdlink.cli.serve", "serve files and block devices"),
+    "serve": ("nbdlink.cli.serve", "serve images, files and block devices"),
+    "qemu-nbd": ("nbdlink.cli.qemu_nbd", "take the command line of qemu-nbd"),
     "setup": ("nbdlink.cli.setup", "install udev rules, units and manual pages"),
     "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
 }

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbdlink.cli.devices import ServedDevice
+from nbdlink.cli.objects import add_object_arguments, apply_objects
+from nbdlink.cli.storage import add_storage_arguments, further_contexts, storage_spec
 from nbdlink.cli.tls import add_server_arguments, server_security
-from nbdlink.errors import ConfigError
-from nbdlink.sizes import format_size, parse_seconds, parse_size
+from nbdlink.errors import ConfigError, StorageError
+from nbdlink.sizes import format_size, parse_seconds
 from nbdlink.uri import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     """Fill the parser of `serve`."""
     add = parser.add_argument
-    add("storage", metavar="[NAME=]STORAGE", nargs="+", help="a raw file or a block device")
+    add("storage", metavar="[NAME=]STORAGE", nargs="+", help="an image or a block device")
     add("-p", "--port", metavar="PORT", type=int, help=f"TCP port ({DEFAULT_PORT}; 0: any)")
     add(
         "-b",
@@ -36,8 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add("-x", "--export-name", metavar="NAME", help="the export's name, for a single storage")
     add("-D", "--description", metavar="TEXT", default="", help="words for people")
     add("-r", "--read-only", action="store_true", help="refuse writes")
-    add("-o", "--offset", metavar="SIZE", default="0", help="begin this far into the storage")
-    add("--size", metavar="SIZE", help="export this much (up to the storage's end)")
     add(
         "--signature",
         metavar="[NAME=]TEXT",
@@ -72,8 +73,24 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         help="keep who is connected here, and tell them when the server is back",
     )
     add("--metrics", metavar="ADDRESS", help="serve Prometheus metrics at [HOST]:PORT or a path")
+    add(
+        "-c",
+        "--attach",
+        metavar="/dev/nbdN",
+        help="bind the export to this device as well, for as long as the server runs",
+    )
+    add(
+        "-T",
+        "--trace",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="log in full what has this name: nbd_server, nbd_*, ...; also events=FILE, file=FILE",
+    )
+    add_storage_arguments(parser)
     add_server_arguments(parser)
-    parser.set_defaults(run=run)
+    add_object_arguments(parser)
+    parser.set_defaults(run=run, announce=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -96,7 +113,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.shared < 0:
         raise ConfigError("the number of clients cannot be negative", hint="0 is any number")
     _port(arguments)
+    apply_objects(arguments, "server")
     set_up_logging(arguments.verbose)
+    if arguments.trace:
+        from nbdlink.cli.trace import set_up_trace
+
+        set_up_trace(arguments.trace)
+    device = ServedDevice.planned(arguments)
     raise_descriptor_limit()
     inherited = inherited_sockets()  # before a fork, since they are meant for this process
     if inherited and (arguments.socket or arguments.bind or arguments.port is not None):
@@ -112,7 +135,9 @@ def run(arguments: argparse.Namespace) -> int:
     with contextlib.ExitStack() as undo:
         for storage in catalogue.storages:
             undo.callback(storage.close)
-        listeners = inherited or _listeners(arguments)
+        if device is not None:
+            undo.push(device)
+        listeners = inherited or _listeners(arguments, device)
         undo.pop_all()
 
     def detach() -> None:
@@ -123,7 +148,7 @@ def run(arguments: argparse.Namespace) -> int:
     service = Service(
         catalogue,
         listeners,
-        once=arguments.once,
+        once=arguments.once or (device is not None and not arguments.persistent),
         shared=arguments.shared,
         negotiation_timeout=arguments.negotiation_timeout,
         inherited=bool(inherited),
@@ -143,8 +168,10 @@ def run(arguments: argparse.Namespace) -> int:
             pid_file.publish()
         # Who has made the sockets knows where they are, and may want our stdout for itself:
         # `nbdinfo --json [ nbdlink serve disk.img ]`.
-        if not inherited:
+        if not inherited and arguments.announce:
             _print_uris(service)
+        if device is not None:
+            device.attach(service)
         if background is not None:
             background()
             log_to_syslog()
@@ -152,7 +179,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with metrics:
-            return service.run(ready)
+            if device is None:
+                return service.run(ready)
+            with device:
+                return service.run(ready, before_stop=device.detach)
     finally:
         if pid_file is not None:
             pid_file.remove()
@@ -187,26 +217,35 @@ def _processes(wanted: int | None) -> int:
 def _catalogue(arguments: argparse.Namespace) -> Catalogue:
     """Open every storage, or none."""
     from nbdlink.server import Catalogue, Export
-    from nbdlink.storage.raw import RawStorage
+    from nbdlink.storage.open import open_storage
 
-    offset = parse_size(arguments.offset)
-    size = parse_size(arguments.size) if arguments.size else None
     several = len(arguments.storage) > 1
     if several and (arguments.export_name is not None or arguments.description):
         raise ConfigError(
             "--export-name and --description are for a single storage",
             hint="name several as NAME=STORAGE",
         )
+    if several and arguments.image_opts:
+        raise ConfigError(
+            "--image-opts is for a single storage", hint="serve each by a server of its own"
+        )
+    contexts = further_contexts(arguments)
     clients = _clients(arguments)
     signatures = _signatures(arguments)
     with contextlib.ExitStack() as undo:
         exports = []
         for word in arguments.storage:
-            name, path = _split(word, several)
+            name, path = _split(word, several) if not arguments.image_opts else ("", word)
             if arguments.export_name is not None:
                 name = arguments.export_name
-            storage = RawStorage.open(path, offset=offset, size=size, read_only=arguments.read_only)
+            storage = open_storage(storage_spec(arguments, path))
             undo.callback(storage.close)
+            for context in contexts:
+                if context not in storage.contexts:
+                    raise StorageError(
+                        f"{storage.name} has no bitmap {context.rpartition(':')[2]!r}",
+                        hint="qemu-img info lists what an image has",
+                    )
             exports.append(
                 Export(
                     name,
@@ -217,6 +256,7 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
                     multi_conn=arguments.shared != 1,
                     clients=frozenset(clients.get(name, []) + clients.get(None, [])),
                     given_signature=signatures.get(name),
+                    further_contexts=contexts,
                 )
             )
         catalogue = Catalogue(exports)
@@ -228,6 +268,8 @@ def _names(arguments: argparse.Namespace) -> set[str]:
     """Give the names of all exports."""
     if arguments.export_name is not None:
         return {arguments.export_name}
+    if arguments.image_opts:
+        return {""}
     return {_split(word, len(arguments.storage) > 1)[0] for word in arguments.storage}
 
 
@@ -302,15 +344,18 @@ def _port(arguments: argparse.Namespace) -> int:
     return port
 
 
-def _listeners(arguments: argparse.Namespace) -> list[socket.socket]:
+def _listeners(arguments: argparse.Namespace, device: ServedDevice | None) -> list[socket.socket]:
     from nbdlink.transport.stream import listen_tcp, listen_unix
 
     port = _port(arguments)
     with contextlib.ExitStack() as undo:
         sockets = []
-        if arguments.socket is not None:
-            sockets.append(undo.enter_context(listen_unix(arguments.socket)))
-        if arguments.socket is None or arguments.port is not None or arguments.bind:
+        path = arguments.socket
+        if path is None and device is not None:
+            path = device.socket  # the first, for the device comes by it
+        if path is not None:
+            sockets.append(undo.enter_context(listen_unix(path)))
+        if path is None or arguments.port is not None or arguments.bind:
             for address in arguments.bind or [None]:
                 for sock in listen_tcp(address, port):
                     sockets.append(undo.enter_context(sock))

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Final
 
+from nbdlink.storage.zeroes import is_zero
+
 ZEROES: Final = memoryview(bytes(1 << 20))
 """Zeroes to write where a destination cannot make them by itself."""
-
-
-def is_zero(view: memoryview) -> bool:
-    """Tell whether all bytes are zero."""
-    for at in range(0, len(view), len(ZEROES)):
-        part = view[at : at + len(ZEROES)]
-        if part[0] or _zeroes(len(part)) != part:
-            return False
-    return True
 
 
 def runs(view: memoryview, block: int) -> Iterator[tuple[int, int, bool]]:
@@ -49,9 +41,3 @@ def runs(view: memoryview, block: int) -> Iterator[tuple[int, int, bool]]:
         at = firsts.find(0, max(at + 1, end // block))
     if begin < length:
         yield begin, length, False
-
-
-@functools.lru_cache(maxsize=64)
-def _zeroes(length: int) -> bytearray:
-    # A bytearray compares itself with any buffer by memcmp; a memoryview goes byte by byte.
-    return bytearray(length)

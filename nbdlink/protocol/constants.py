@@ -58,6 +58,13 @@ MAX_EXTENTS: Final = 1 << 20
 ALLOCATION_CONTEXT: Final = "base:allocation"
 """The metadata context that the specification itself defines."""
 
+DEPTH_CONTEXT: Final = "qemu:allocation-depth"
+"""QEMU's context of where data comes from: 0 from nowhere, 1 from the image itself, 2 and more
+from what it is based on."""
+
+BITMAP_CONTEXT: Final = "qemu:dirty-bitmap:"
+"""What the contexts of QEMU's bitmaps begin with (docs/interop/nbd.txt): 1 is dirty."""
+
 MAX_EXPORT_SIZE: Final = 2**63 - 1
 """Bytes; the largest file offset that Linux has (off_t, loff_t)."""
 

@@ -21,6 +21,7 @@ from nbdlink.server.outlet import Outlet
 from nbdlink.server.replies import ReplyFormat
 from nbdlink.server.sessions import Session
 from nbdlink.server.workers import Workers
+from nbdlink.storage.base import PlainFile
 
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
@@ -124,13 +125,18 @@ class Dispatcher:
             self._outlet.send(self._form.nothing_read(cookie, offset))
         elif command == _WRITE:
             data = self._intake.inbox[payload:after]
-            if inline and not flags and self._storage.plain_file:
+            if inline and not flags and self._may_write_file(offset):
                 self.executor.perform(command, flags, cookie, offset, length, data)
             else:
                 self.dispatch(command, flags, cookie, offset, length, data)
         else:
             self.dispatch(command, flags, cookie, offset, length, only=only)
         return after, end
+
+    def _may_write_file(self, offset: int) -> PlainFile | None:
+        """Give the file that the storage is, if it may be written there by who likes."""
+        plain = self._storage.plain_file
+        return plain if plain and offset >= plain.guarded else None
 
     def _check(self, command: int, flags: int, offset: int, length: int) -> int:
         """Say which error a request deserves, or 0.
@@ -235,7 +241,7 @@ class Dispatcher:
             self.executor.refuse(error, cookie, offset)
             return
         storage, workers = self._storage, self._workers
-        plain = storage.plain_file if inline else None
+        plain = self._may_write_file(offset) if inline else None
         if not plain and storage.waits and workers.reserve(length):
             try:
                 data = memoryview(bytearray(length))

@@ -197,7 +197,7 @@ class Transmission:
         size, misaligned = self._rules.size, self._rules.minimum_block - 1
         # Only a plain file has the fast ways: up to how many bytes.
         file, base, in_memory, nowait = -1, 0, True, 0
-        short = long = 0
+        short = long = guarded = 0
         whole = -1
         parts: list[Part] = []
         reads: list[Read | tuple[int, int, int]] = []
@@ -205,7 +205,7 @@ class Transmission:
         seen = None
         if plain := self._storage.plain_file:
             assert self._lending
-            file, base, in_memory, mapping = plain
+            file, base, in_memory, mapping, guarded = plain
             short, long = LONG, self._rules.maximum_payload
             if self._copies and not self._storage.is_sparse:
                 short = COPIED + 1
@@ -318,7 +318,7 @@ class Transmission:
                     elif (
                         kind == a_write
                         and length <= whole
-                        and offset + length <= size
+                        and guarded <= offset <= size - length
                         and not (misaligned and (offset | length) & misaligned)
                     ):
                         payload = start + header

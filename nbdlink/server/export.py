@@ -33,6 +33,8 @@ class Export:
             for everybody.
         given_signature: what tells the export's data from other data, in an administrator's
             words; None to leave it to the storage.
+        further_contexts: metadata contexts of QEMU's that are offered beside those that every
+            export has; the storage must know them.
 
     Raises:
         ConfigError: the protocol cannot carry the name, the description or the block sizes, or
@@ -47,6 +49,7 @@ class Export:
     tls_only: bool = False
     clients: frozenset[str] = frozenset()
     given_signature: str | None = None
+    further_contexts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -72,6 +75,14 @@ class Export:
             f"export {self.name[:80]!r}: its signature {wrong}",
             hint=f"use 1 to {LONGEST_SIGNATURE} printable ASCII characters, such as a UUID",
         )
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        """The metadata contexts that clients may select."""
+        known = self.storage.contexts
+        # What QEMU's tell costs more to find out, and says more of the image: only if wanted.
+        general = tuple(name for name in known if not name.startswith("qemu:"))
+        return general + tuple(name for name in self.further_contexts if name in known)
 
     @property
     def is_read_only(self) -> bool:

@@ -94,7 +94,7 @@ class Lending:
         Raises:
             OSError: the connection broke.
         """
-        _, _, in_memory, mapping = self.plain
+        in_memory, mapping = self.plain.in_memory, self.plain.mapping
         if not in_memory and not (mapping.nowait and mapping.is_cached(offset, length, tick)):
             return -1
         if self._storage.is_sparse:

@@ -340,7 +340,7 @@ class Negotiation:
             ]
         found = {
             number: name
-            for number, name in enumerate(export.storage.contexts, 1)
+            for number, name in enumerate(export.contexts, 1)
             if (not asked.queries and not selecting)
             or any(_matches(query, name, wildcards=not selecting) for query in asked.queries)
         }

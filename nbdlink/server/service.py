@@ -181,7 +181,11 @@ class Service:
         self.stop()
         self.join()
 
-    def run(self, ready: Callable[[], None] = lambda: None) -> int:
+    def run(
+        self,
+        ready: Callable[[], None] = lambda: None,
+        before_stop: Callable[[], None] = lambda: None,
+    ) -> int:
         """Serve in the main thread until SIGTERM or SIGINT; give the exit status.
 
         A second signal breaks off what the first lets finish. The status is 0 after a
@@ -190,6 +194,7 @@ class Service:
         Args:
             ready: called once clients and signals are heard. Who tells a script "I am there"
                 any earlier may be killed by its signal instead of being stopped.
+            before_stop: called when the first signal comes, with everybody still served.
         """
         signals: list[int] = []
 
@@ -229,6 +234,7 @@ class Service:
                     return 1
                 if signals and not self._stopping:
                     _log.info("told to stop by %s", signal.Signals(signals[0]).name)
+                    before_stop()
                     self.stop()
             self.join()
             return self.status
@@ -516,16 +522,23 @@ class Service:
 
     def _close_storages(self, *, in_use: bool) -> None:
         for storage in self.catalogue.storages:
+            failed = False
             try:
                 if not self._aborting:
                     storage.flush()
             except Exception as error:  # a storage's bug is not the next storage's loss
+                failed = True
                 words = getattr(error, "strerror", None) or error
                 _log.error("%s: not made durable: %s", storage.name, words)
                 self.status = 1
             # A thread that hangs in a dead disk must not find its descriptor reused.
             if not in_use:
-                with contextlib.suppress(OSError):  # durable or not has been said already
+                try:
                     storage.close()
+                except OSError as error:
+                    # Formats write what they keep in memory, with or without a flush before.
+                    if not failed:
+                        _log.error("%s: not closed properly: %s", storage.name, error.strerror)
+                        self.status = 1
         if in_use or self._aborting:
             self.status = 1

@@ -181,9 +181,12 @@ class Session:
         """
         answer = fcntl.ioctl(self.sock, termios.FIONREAD, bytes(4))
         count: int = struct.unpack("i", answer)[0]
-        if not count and not self.is_bare and _is_readable(self.sock):
-            return 1  # what has been decrypted, and does not wait in the socket any more
-        return count
+        if isinstance(self.sock, socket.socket):
+            return count
+        if count or _is_readable(self.sock):
+            # What has left the socket may be the beginning of the record whose end is in there.
+            return max(1, count + self.sock.held())
+        return 0
 
     def hear_no_more(self) -> None:
         """Have `recv` give what has arrived already, and then the end of the stream."""

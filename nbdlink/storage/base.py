@@ -34,12 +34,15 @@ class PlainFile(NamedTuple):
         start: where in it the storage's first byte lies.
         in_memory: whether it lies in memory as a whole, so that nothing has to be waited for.
         mapping: the range as memory that only system calls may read.
+        guarded: so many bytes at the front must be written by the storage itself, which has
+            something to see to; they may be read here like the others.
     """
 
     fd: int
     start: int
     in_memory: bool
     mapping: FileMapping
+    guarded: int = 0
 
 
 class Storage(abc.ABC):

@@ -14,11 +14,16 @@ import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
 from nbdlink.errors import StorageError
 from nbdlink.protocol.chunks import Extent
-from nbdlink.protocol.constants import MAX_EXPORT_SIZE, AllocationFlag
+from nbdlink.protocol.constants import (
+    ALLOCATION_CONTEXT,
+    DEPTH_CONTEXT,
+    MAX_EXPORT_SIZE,
+    AllocationFlag,
+)
 from nbdlink.storage import blockdev
 from nbdlink.storage.base import PlainFile, Storage
 from nbdlink.storage.fallocate import (
@@ -29,7 +34,9 @@ from nbdlink.storage.fallocate import (
     fallocate,
 )
 from nbdlink.storage.fingerprint import fingerprint
+from nbdlink.storage.locks import Use, lock
 from nbdlink.storage.mapping import FileMapping, is_in_memory
+from nbdlink.storage.window import bounds
 
 _HOLE: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 _ZEROES: Final = memoryview(bytes(1 << 20))
@@ -56,6 +63,9 @@ class RawStorage(Storage):
     can_fast_zero = True
     can_cache = True
     may_fork = True
+    contexts = (ALLOCATION_CONTEXT, DEPTH_CONTEXT)
+    open_flags: ClassVar[int] = 0
+    """What the file is opened with beside the usual."""
 
     def __init__(
         self,
@@ -121,6 +131,7 @@ class RawStorage(Storage):
         offset: int = 0,
         size: int | None = None,
         read_only: bool = False,
+        locking: bool = True,
     ) -> Self:
         """Open what is to be served.
 
@@ -129,9 +140,10 @@ class RawStorage(Storage):
             offset: bytes to leave out at the front.
             size: bytes to serve, or None for all that follow `offset`, now and once it grows.
             read_only: whether to open it for reading only.
+            locking: whether to tell QEMU's programs that it is in use, and heed what they tell.
 
         Raises:
-            StorageError: it cannot be opened, is something else, or is too short.
+            StorageError: it cannot be opened, is something else, is too short, or is in use.
         """
         path = Path(path)
         try:
@@ -139,10 +151,12 @@ class RawStorage(Storage):
             # Not blocking, because it might have become a FIFO since; for files and block
             # devices that means nothing.
             mode = os.O_RDONLY if read_only else os.O_RDWR
-            fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | cls.open_flags)
         except OSError as error:
-            raise _open_error(path, error, read_only=read_only) from None
+            raise cls.open_error(path, error, read_only=read_only) from None
         try:
+            if locking:
+                lock(fd, path, Use.RAW_READ if read_only else Use.RAW_WRITE)
             return cls._of(path, fd, offset, size, read_only=read_only)
         except OSError as error:
             os.close(fd)
@@ -150,6 +164,11 @@ class RawStorage(Storage):
         except BaseException:
             os.close(fd)
             raise
+
+    @classmethod
+    def open_error(cls, path: Path, error: OSError, *, read_only: bool) -> StorageError:
+        """Say why a file cannot be opened."""
+        return _open_error(path, error, read_only=read_only)
 
     @classmethod
     def _of(cls, path: Path, fd: int, offset: int, size: int | None, *, read_only: bool) -> Self:
@@ -167,7 +186,7 @@ class RawStorage(Storage):
             path,
             fd,
             start=offset,
-            size=_window(path, whole, offset, size, sector),
+            size=bounds(str(path), whole, offset, size, sector),
             read_only=read_only,
             device=device,
             may_grow=size is None,
@@ -200,7 +219,8 @@ class RawStorage(Storage):
         if whole - self.start <= self.size:
             return
         with self._growing:
-            size = min(whole - self.start, MAX_EXPORT_SIZE) // self._align * self._align
+            granule = self._align if self._device else 1
+            size = min(whole - self.start, MAX_EXPORT_SIZE) // granule * granule
             if size > self.size:
                 self.is_sparse = self.is_sparse or has_holes
                 self._mapping = FileMapping(self._fd, self.start, size)
@@ -233,6 +253,10 @@ class RawStorage(Storage):
             position += count
             count = os.preadv(self._fd, (buffer[-missing:],), position)
             missing -= count
+
+    def head(self, length: int) -> bytes:
+        """Read the file's first bytes, be they served or not, as many as there are."""
+        return os.pread(self._fd, length, 0)
 
     def write(self, buffer: memoryview, offset: int, fua: bool) -> None:
         """Write `buffer`."""
@@ -355,6 +379,9 @@ class RawStorage(Storage):
 
     def extents(self, context: str, offset: int, length: int) -> Iterator[Extent]:
         """Tell data from holes as the file system does; on devices all is data."""
+        if context == DEPTH_CONTEXT:
+            yield Extent(length, 1)  # all of it comes from here, as with QEMU
+            return
         if self._device:
             yield Extent(length, 0)
             return
@@ -446,36 +473,3 @@ def _open_error(path: Path, error: OSError, *, read_only: bool) -> StorageError:
         case errno.ENXIO | errno.ENOMEDIUM:
             hint = "is the device there, and a medium in it?"
     return StorageError(f"{path} cannot be opened: {reason}", hint=hint)
-
-
-def _window(path: Path, whole: int, offset: int, size: int | None, sector: int) -> int:
-    """Give the bytes to serve.
-
-    Raises:
-        StorageError: what is asked for does not lie inside, or is nothing.
-    """
-    if not whole:
-        raise StorageError(f"{path} is empty", hint=f"give it a size: truncate -s 1G {path}")
-    if offset < 0 or (size is not None and size <= 0):
-        raise StorageError(f"{path}: offset and size cannot be negative, or the size 0")
-    if offset >= whole:
-        raise StorageError(
-            f"{path}: the offset {offset} lies behind its end",
-            hint=f"it has {whole} bytes",
-        )
-    rest = whole - offset
-    if size is not None and size > rest:
-        raise StorageError(
-            f"{path}: {size} bytes from {offset} reach {size - rest} bytes past its end",
-            hint=f"it has {whole} bytes; at most {rest} can be served from there",
-        )
-    size = rest if size is None else size
-    for what, number in (("offset", offset), ("size", size)):
-        if number % sector:
-            raise StorageError(
-                f"{path}: the {what} {number} is not a multiple of the device's sector",
-                hint=f"use a multiple of {sector} bytes",
-            )
-    if size > MAX_EXPORT_SIZE:
-        raise StorageError(f"{path}: {size} bytes are more than the protocol can serve")
-    return size

@@ -342,6 +342,14 @@ class TLSStream:
         """Tell whether something can be received without waiting for the socket."""
         return not self._dry
 
+    def held(self) -> int:
+        """Give how many bytes have left the socket and were not received yet, at most.
+
+        OpenSSL does not tell how much it has of a record whose end has not arrived.
+        """
+        with self._lock:
+            return int(_memory(self._in, self._memory)) + _LONGEST_RECORD
+
     # Sending.
 
     def send(self, data: Data) -> int:

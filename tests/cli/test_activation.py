@@ -19,7 +19,7 @@ from nbdlink.uri import Target
 
 from .programs import run
 
-SERVE = [sys.executable, "-m", "nbdlink", "serve"]
+SERVE = [sys.executable, "-m", "nbdlink", "serve", "-f", "raw"]
 TIMEOUT = 20
 
 

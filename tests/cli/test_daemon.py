@@ -67,7 +67,7 @@ def fork(tmp_path, image, pid_file):
     with contextlib.ExitStack() as stack:
 
         def start(*words):
-            options = ["--fork", "--pid-file", pid_file, "-k", "socket"]
+            options = ["-f", "raw", "--fork", "--pid-file", pid_file, "-k", "socket"]
             done = program("serve", *options, *words, image, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
             daemon = Daemon(pid_file)
@@ -158,7 +158,10 @@ def test_a_daemons_log_goes_to_the_system_log(tmp_path):
 
 
 def test_the_pid_file_tells_the_process_while_it_serves(image, tmp_path, pid_file):
-    with serving("--pid-file", pid_file, "-k", tmp_path / "socket", image) as (process, _):
+    with serving("-f", "raw", "--pid-file", pid_file, "-k", tmp_path / "socket", image) as (
+        process,
+        _,
+    ):
         assert pid_file.read_text() == f"{process.pid}\n"
         assert stat.S_IMODE(pid_file.stat().st_mode) == 0o644
         assert end(process) == (0, "")
@@ -166,7 +169,10 @@ def test_the_pid_file_tells_the_process_while_it_serves(image, tmp_path, pid_fil
 
 
 def test_a_second_server_with_the_same_pid_file_is_refused(image, tmp_path, pid_file):
-    with serving("--pid-file", pid_file, "-k", tmp_path / "socket", image) as (process, _):
+    with serving("-f", "raw", "--pid-file", pid_file, "-k", tmp_path / "socket", image) as (
+        process,
+        _,
+    ):
         again = program("serve", "--pid-file", pid_file, "-k", tmp_path / "other", image)
         assert again.returncode == 1
         assert again.stderr.startswith(f"nbdlink: {pid_file} belongs to process {process.pid}\n")

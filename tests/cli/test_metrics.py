@@ -163,7 +163,7 @@ def test_an_address_that_is_in_use_ends_the_server(tmp_path):
     image.write_bytes(bytes(SIZE))
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        done = program("serve", "-k", tmp_path / "socket", "--metrics", address, image)
+        done = program("serve", "-f", "raw", "-k", tmp_path / "socket", "--metrics", address, image)
     assert done.returncode == 1
     assert done.stderr.startswith(f"nbdlink: metrics: cannot listen on {address}: ")
     assert not (tmp_path / "socket").exists()

@@ -140,14 +140,14 @@ def test_a_read_only_export_says_so(image, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_ends_it_gracefully_and_the_socket_is_gone(image, tmp_path, number):
     path = tmp_path / "socket"
-    with serving("-k", path, image) as (process, _):
+    with serving("-f", "raw", "-k", path, image) as (process, _):
         assert end(process, number) == (0, "")
     assert not path.exists()
 
 
 def test_a_connected_client_does_not_keep_it_from_ending(image, tmp_path):
     with (
-        serving("-k", tmp_path / "socket", image) as (process, (line,)),
+        serving("-f", "raw", "-k", tmp_path / "socket", image) as (process, (line,)),
         nbdlink.connect(line.split(" is ")[0]) as nbd,
     ):
         nbd.pwrite(b"acknowledged", 0)

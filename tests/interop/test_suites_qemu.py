@@ -193,7 +193,7 @@ def test_qemu_img_bench_writes_its_pattern(run, program, place, flush):
 def test_qemu_opens_a_qcow2_file_that_is_served_as_raw(run, program, tmp_path):
     content, image = sparse(tmp_path / "content"), tmp_path / "image"
     run("qemu-img", "convert", *RAW, "-O", "qcow2", content, image)
-    target = Target.parse(program(image).uri)
+    target = Target.parse(program("-f", "raw", image).uri)
     address = f"file.server.type=unix,file.server.path={target.socket}"
     options = f"driver=qcow2,file.driver=nbd,{address}"
     with_options = ["--image-opts", options]

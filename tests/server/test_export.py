@@ -138,3 +138,16 @@ def test_a_signature_that_cannot_be_told_is_refused(storage, signature, wrong):
 
 def test_a_given_signature_goes_before_the_storage_s_own(storage):
     assert Export("", storage, given_signature="a b").signature == "a b"
+
+
+@pytest.mark.parametrize(
+    ("further", "offered"),
+    [
+        ((), ("base:allocation",)),
+        (("qemu:dirty-bitmap:b",), ("base:allocation", "qemu:dirty-bitmap:b")),
+        (("qemu:nothing", "qemu:allocation-depth"), ("base:allocation", "qemu:allocation-depth")),
+    ],
+)
+def test_qemus_contexts_are_offered_if_they_are_asked_for_and_there(storage, further, offered):
+    storage.contexts = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b")
+    assert Export("", storage, further_contexts=further).contexts == offered

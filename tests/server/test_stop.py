@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import os
 import signal
 import threading
 from pathlib import Path
@@ -287,6 +288,19 @@ def test_a_storage_that_cannot_be_flushed_keeps_no_other_from_it(serve, storage,
     assert "memory: not made durable: oops" in caplog.text
     assert other.calls == [("flush",)]
     assert storage.closed
+
+
+def test_a_storage_that_cannot_be_closed_properly_is_told_of(serve, storage, caplog, monkeypatch):
+    # Image formats have something to write then.
+    def close():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(storage, "close", close)
+    service = serve({"": storage})
+    service.stop()
+    assert service.join(20)
+    assert service.status == 1
+    assert "memory: not closed properly: No space left on device" in caplog.text
 
 
 def test_whatever_goes_wrong_in_stopping_is_told(serve, storage, caplog, monkeypatch):

@@ -1,4 +1,4 @@
-"""RawStorage on block devices: loop devices, which need root."""
+"""Raw storages on block devices, with and without the page cache: loop devices need root."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from nbdlink.errors import StorageError
+from nbdlink.storage.direct import DirectStorage
 from nbdlink.storage.raw import RawStorage
 
 SIZE = 4 << 20
@@ -41,10 +42,15 @@ def image(tmp_path):
     return path
 
 
+@pytest.fixture(params=[RawStorage, DirectStorage])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture(params=[512, 4096])
-def device(request, image):
+def device(request, image, kind):
     with loop_device(image, "--sector-size", str(request.param)) as path:
-        storage = RawStorage.open(path)
+        storage = kind.open(path)
         yield storage
         storage.close()
 

@@ -1,0 +1,512 @@
+"""A qcow2 image with all that lies behind it, served byte by byte.
+
+Reads and writes of clusters that are there take no lock: the table is looked at, and the kernel
+is asked. Everything that changes tables goes through `allocation` and `clearing`, and reaches
+the disk by `writeback`, where it is said what a power cut can do and what it cannot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Self
+
+from nbdlink.errors import StorageError
+from nbdlink.protocol.chunks import Extent
+from nbdlink.protocol.constants import ALLOCATION_CONTEXT, BITMAP_CONTEXT, DEPTH_CONTEXT
+from nbdlink.storage.base import Storage
+from nbdlink.storage.imagefile import ImageFile, PosixFile
+from nbdlink.storage.qcow2 import extents
+from nbdlink.storage.qcow2.allocation import Writer
+from nbdlink.storage.qcow2.backing import MAX_DEPTH, place_of, probe
+from nbdlink.storage.qcow2.bitmaps import Bitmaps
+from nbdlink.storage.qcow2.clearing import can_clear, clear
+from nbdlink.storage.qcow2.image import Image, L2Table, read_header
+from nbdlink.storage.qcow2.opening import (
+    OpenFile,
+    known_metadata,
+    open_bitmaps,
+    open_data_file,
+    open_raw,
+    prepare_for_writing,
+    read_head,
+    refuse_writing,
+    signature_of,
+)
+from nbdlink.storage.qcow2.refcounts import Refcounts, has_more_clusters_than_blocks
+from nbdlink.storage.qcow2.tables import COPIED, Kind, subcluster_bits
+from nbdlink.storage.qcow2.transfer import ZEROES, Reader, read_ahead, write_parts
+from nbdlink.storage.qcow2.writeback import Epochs, WriteBack
+
+_MAX_PREFERRED: Final = 1 << 20
+
+
+def _open_posix(path: Path, read_only: bool) -> ImageFile:
+    return PosixFile.open(path, read_only=read_only)
+
+
+class Qcow2Storage(Storage):
+    """A qcow2 image. Made by `open`.
+
+    Attributes:
+        backing: the storage behind the image, or None.
+        warnings: what a person should know of the image, a line each.
+    """
+
+    can_trim = True
+    can_fast_zero = True
+
+    def __init__(
+        self,
+        image: Image,
+        backing: Storage | None,
+        bitmaps: Bitmaps,
+        *,
+        read_only: bool,
+        discard: bool,
+    ) -> None:
+        """Take over an open image; see `open`."""
+        geometry = image.geometry
+        self._image = image
+        self._data = image.data
+        self._bitmaps = bitmaps
+        self._epochs = Epochs()
+        self._reader = Reader(image, backing)
+        self.backing = backing
+        self.warnings: list[str] = []
+        self.name = image.name
+        self.size = image.size
+        self.read_only = read_only
+        self.preferred_block = max(4096, min(geometry.cluster_size, _MAX_PREFERRED))
+        self.is_sparse = True
+        self.contexts = (
+            ALLOCATION_CONTEXT,
+            DEPTH_CONTEXT,
+            *(BITMAP_CONTEXT + name for name in bitmaps.consistent),
+        )
+        # What one process allocates another would not know.
+        self.may_fork = read_only
+        self.can_cache = image.data.fd is not None
+        self._has_holes: bool | None = None
+        self._closed = False
+        # For the short ways through.
+        self._extended = geometry.extended
+        self._not_plain = geometry.not_plain
+        self._offset_mask = geometry.offset_mask
+        self._bits = geometry.cluster_bits
+        self._mask = geometry.cluster_mask
+        self._table_bits = geometry.cluster_bits + geometry.l2_bits
+        self._l2_mask = geometry.l2_mask
+        self._external = image.data is not image.file
+        self._writeback = WriteBack(image, self._epochs, discard=discard)
+        self._writer: Writer | None = None
+        self._refcounts: Refcounts | None = None
+        if not read_only:
+            refcounts = self._refcounts = Refcounts(
+                image, known_metadata(image, bitmaps), self._writeback.give_back
+            )
+            self._writeback.refcounts = refcounts
+            self._writer = Writer(image, refcounts, self._writeback, backing.size if backing else 0)
+            bitmaps.begin_tracking()
+            self.can_fast_zero = image.header.version >= 3
+            self.can_trim = can_clear(self._writer, may_trim=True)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        read_only: bool = False,
+        snapshot: str | None = None,
+        data_file: str | os.PathLike[str] | None = None,
+        discard: bool = True,
+        open_file: OpenFile = _open_posix,
+    ) -> Self:
+        """Open an image and everything that it needs.
+
+        Args:
+            path: of the image.
+            read_only: whether to open it for reading only; what lies behind it always is.
+            snapshot: the internal snapshot to serve, by id or by name; read-only.
+            data_file: the external data file, if it is not where the image says.
+            discard: whether space that is not needed any more is given back to the file system.
+            open_file: opens the image, its external data file, and qcow2 backing files.
+
+        Raises:
+            StorageError: any of them cannot be opened, or is damaged, or needs what is not
+                known here.
+        """
+        given = Path(data_file) if data_file is not None else None
+        return cls._open(Path(path), read_only, snapshot, given, discard, open_file, [])
+
+    @classmethod
+    def _open(
+        cls,
+        path: Path,
+        read_only: bool,
+        snapshot: str | None,
+        data_file: Path | None,
+        discard: bool,
+        open_file: OpenFile,
+        above: list[tuple[int, int] | None],
+    ) -> Self:
+        with contextlib.ExitStack() as opened:
+            file = open_file(path, read_only)
+            opened.callback(file.close)
+            if len(above) >= MAX_DEPTH:
+                raise StorageError(f"{path}: more than {MAX_DEPTH} images lie in front of it")
+            if file.identity is not None and file.identity in above:
+                raise StorageError(f"{path} is its own backing file")
+            try:
+                header = read_header(file)
+                if not read_only:
+                    refuse_writing(str(path), header, snapshot)
+                data = open_data_file(
+                    path, header, data_file, read_only=read_only, open_file=open_file
+                )
+                if data is not None:
+                    opened.callback(data.close)
+                image = Image.open(file, data, snapshot)
+                backing = None
+                warnings = []
+                if header.backing_file is not None:
+                    place = place_of(str(path), header.backing_file, header.backing_format)
+                    form = place.format
+                    if form is None:
+                        form = probe(str(place.path), read_head(place.path, open_file))
+                        warnings.append(
+                            f"{path} does not record the format of its backing file; it was"
+                            f" taken for {form}"
+                        )
+                    if form == "raw":
+                        backing = open_raw(place.path)
+                    else:
+                        backing = cls._open(
+                            place.path, True, None, None, False, open_file, [*above, file.identity]
+                        )
+                    if backing is not None:
+                        opened.callback(backing.close)
+                if header.is_corrupt:
+                    warnings.append(f"{path} is marked as corrupt")
+                if header.is_dirty and read_only:
+                    warnings.append(f"{path} was not closed; its refcounts may be wrong")
+                if not read_only:
+                    prepare_for_writing(image)
+                bitmaps = open_bitmaps(image, snapshot, warnings, read_only=read_only)
+                storage = cls(image, backing, bitmaps, read_only=read_only, discard=discard)
+                storage.warnings = warnings
+            except OSError as error:
+                words = error.strerror or str(error)
+                raise StorageError(
+                    words if str(path) in words else f"{path}: {words.lower()}"
+                ) from None
+            opened.pop_all()
+            return storage
+
+    # Reading.
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from the image and what lies behind it."""
+        users = self._epochs.users
+        users.append(None)
+        try:
+            # The short way for what is within a cluster, as `_plain_entry` but for a call less.
+            table = self._image.tables.get(offset >> self._table_bits)
+            within = offset & self._mask
+            if table is not None and within + len(buffer) <= self._mask + 1:
+                if self._extended:
+                    entry = self._plain_entry(table, offset, len(buffer))
+                else:
+                    entry = table.words[offset >> self._bits & self._l2_mask]
+                position = entry & self._offset_mask
+                if position and not entry & self._not_plain:
+                    self._data.read_at(buffer, position + within)
+                    return
+            self._reader.read(buffer, offset)
+        finally:
+            users.pop()
+
+    def _is_plain(self, offset: int, length: int) -> bool:
+        """Tell whether a range is within a cluster and all data, if that is seen at once."""
+        table = self._image.tables.get(offset >> self._table_bits)
+        if table is None or (offset & self._mask) + length > self._mask + 1:
+            return False
+        entry = self._plain_entry(table, offset, length)
+        return bool(entry & self._offset_mask) and not entry & self._not_plain
+
+    def _plain_entry(self, table: L2Table, offset: int, length: int) -> int:
+        """Give the L2 entry of a range within a cluster; 0 if that is not allocated as a whole.
+
+        The two words of an extended entry are read without the lock. Whoever links a cluster
+        stores the first word first, and it holds all subclusters that the second word says are
+        allocated, before and after that is stored too. While a request is under way no cluster
+        comes back to where it was (`Epochs`). So if the first word is the same before and after
+        the second one was read, the two belong together.
+        """
+        at = offset >> self._bits & self._l2_mask
+        words = table.words
+        if not self._extended:
+            return words[at]
+        at *= 2
+        entry, bitmap = words[at], words[at + 1]
+        granule = self._image.geometry.granule
+        within = offset & self._mask
+        bits = subcluster_bits(within // granule, (within + length - 1) // granule)
+        if entry & self._not_plain or bitmap & bits != bits or bitmap & bits << 32:
+            return 0
+        return entry if words[at] == entry else 0
+
+    def locate(self, offset: int, length: int) -> tuple[int, int, int] | None:
+        """Tell where in a file a range begins, for system calls to read it directly.
+
+        The answer holds for as long as the caller has joined `users`, which it must have done
+        before it asked.
+
+        Returns:
+            The file, the position, and how many bytes of the range follow each other there;
+            None if it does not begin with plain data.
+
+        Raises:
+            OSError: the tables are damaged, or cannot be read.
+        """
+        fd = self._data.fd
+        if fd is None:
+            return None
+        table = self._image.tables.get(offset >> self._table_bits)
+        within = offset & self._mask
+        if table is not None and within + length <= self._mask + 1:
+            entry = self._plain_entry(table, offset, length)
+            position = entry & self._offset_mask
+            if position and not entry & self._not_plain:
+                return fd, position + within, length
+        run = self._image.run_at(offset, length)
+        return (fd, run.position, run.length) if run.kind is Kind.DATA else None
+
+    def locate_for_write(self, offset: int, length: int) -> tuple[int, int, int] | None:
+        """Tell where in a file a range can be overwritten, as `locate` does for reading.
+
+        The range begins with clusters that only the active tables refer to, nothing but data
+        has to be written, and no bitmap follows.
+        """
+        fd = self._data.fd
+        if fd is None or self._bitmaps.is_tracking or self._image.damage is not None:
+            return None
+        length = min(length, self._mask + 1 - (offset & self._mask))
+        place = self._plain_place(offset, length)
+        return None if place is None else (fd, place, length)
+
+    @property
+    def users(self) -> list[None]:
+        """Who uses what `locate` says: take the list, append None to it, and pop afterwards.
+
+        It is not always the same list, so what is popped must be the one that was taken.
+        """
+        return self._epochs.users
+
+    def cache(self, offset: int, length: int) -> None:
+        """Have the kernel read ahead what can be read without unpacking it."""
+        read_ahead(self._image, self.backing, offset, length)
+
+    # Writing.
+
+    def _plain_place(self, offset: int, length: int) -> int | None:
+        """Give where a range within a cluster may be overwritten, or None."""
+        table = self._image.tables.get(offset >> self._table_bits)
+        if table is None:
+            return None
+        entry = self._plain_entry(table, offset, length)
+        position = entry & self._offset_mask
+        if entry & self._not_plain or not entry & COPIED or not position:
+            return None
+        if self._external:
+            if position != offset & ~self._mask:
+                return None  # the long way finds the words for it
+        else:
+            refcounts = self._refcounts
+            assert refcounts is not None
+            number = position >> self._bits
+            if number in refcounts.metadata or number >= refcounts.end:
+                return None  # the long way finds the words for it
+        return position + (offset & self._mask)
+
+    def write(self, buffer: memoryview, offset: int, fua: bool) -> None:
+        """Write `buffer`, to new clusters where there are none of its own."""
+        if self._image.damage is not None:
+            self._image.check_damage()
+        length = len(buffer)
+        if self._bitmaps.is_tracking:
+            self._bitmaps.mark(offset, length)
+        self._write(buffer, offset)
+        if fua:
+            self.flush()
+
+    def _write(self, buffer: memoryview, offset: int) -> None:
+        length = len(buffer)
+        users = self._epochs.users
+        users.append(None)
+        try:
+            if (offset & self._mask) + length <= self._mask + 1:
+                place = self._plain_place(offset, length)
+                if place is not None:
+                    self._data.write_at(buffer, place)
+                    return
+        finally:
+            users.pop()
+        if self._writeback.is_crowded:
+            self._writeback.sync()
+        users = self._epochs.users
+        users.append(None)
+        try:
+            assert self._writer is not None
+            write_parts(self._reader, self._writer, buffer, offset)
+        finally:
+            users.pop()
+
+    # Zeroes and holes.
+
+    def zero(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:
+        """Zero a range, without writing where the format can say it."""
+        self._image.check_damage()
+        writer = self._writer
+        assert writer is not None
+        if length:
+            clears = can_clear(writer, may_trim=may_trim)
+            if self._image.header.raw_data_file:
+                self._zero_data_file(offset, length, may_trim=may_trim, fast=fast)
+            elif clears:
+                if self._bitmaps.is_tracking:
+                    self._bitmaps.mark(offset, length)
+                self._zero_clusters(offset, offset + length, may_trim=may_trim)
+            elif fast:
+                raise OSError(errno.ENOTSUP, f"{self.name}: no fast way to write zeroes")
+            else:
+                self._write_zeroes(offset, offset + length)
+        if fua:
+            self.flush()
+
+    def _zero_clusters(self, offset: int, end: int, *, may_trim: bool) -> None:
+        writer = self._writer
+        assert writer is not None
+        granule = self._image.geometry.granule
+        inner = -(-offset // granule) * granule
+        outer = end if end == self.size else end // granule * granule
+        if inner >= outer:
+            self._write_zeroes(offset, end)
+            return
+        self._write_zeroes(offset, inner)
+        self._write_zeroes(outer, end)
+        if self._writeback.is_crowded:
+            self._writeback.sync()
+        for begin, limit in clear(writer, inner, outer, may_trim=may_trim):
+            self._write_zeroes(begin, limit)
+
+    def _write_zeroes(self, offset: int, end: int) -> None:
+        """Write zeroes where the guest does not see them already."""
+        writer = self._writer
+        assert writer is not None
+        while offset < end:
+            run = self._image.run_at(offset, end - offset)
+            limit = offset + run.length
+            if not writer.reads_as_zeroes(run.kind, offset):
+                if self._bitmaps.is_tracking:
+                    self._bitmaps.mark(offset, run.length)
+                while offset < limit:
+                    count = min(limit - offset, len(ZEROES))
+                    self._write(ZEROES[:count], offset)
+                    offset += count
+            offset = limit
+
+    def _zero_data_file(self, offset: int, length: int, *, may_trim: bool, fast: bool) -> None:
+        # The file has to read as zeroes by itself. A cluster that is not allocated does so for
+        # readers of either kind, and stays that way.
+        if self._bitmaps.is_tracking:
+            self._bitmaps.mark(offset, length)
+        if not self._data.zero_at(offset, length, may_trim=may_trim):
+            if fast:
+                raise OSError(errno.ENOTSUP, f"{self.name}: no fast way to write zeroes")
+            self._write_zeroes(offset, offset + length)
+
+    def trim(self, offset: int, length: int, fua: bool) -> None:
+        """Give clusters back that are within the range as a whole."""
+        self._image.check_damage()
+        writer = self._writer
+        assert writer is not None
+        size = self._mask + 1
+        inner = -(-offset // size) * size
+        end = offset + length
+        outer = end if end == self.size else end // size * size
+        if inner < outer and self.can_trim:
+            if self._bitmaps.is_tracking:
+                self._bitmaps.mark(inner, outer - inner)
+            if self._image.header.raw_data_file:
+                self._data.zero_at(inner, outer - inner, may_trim=True)
+            else:
+                if self._writeback.is_crowded:
+                    self._writeback.sync()
+                clear(writer, inner, outer, may_trim=True)
+        if fua:
+            self.flush()
+
+    # What others want to know.
+
+    @property
+    def signature(self) -> str | None:
+        """A word for the image's file, which tells the image from the file as it is."""
+        return signature_of(self._image)
+
+    def extents(self, context: str, offset: int, length: int) -> Iterator[Extent]:
+        """Tell what a context says, see `extents` for those that there are."""
+        if context.startswith(BITMAP_CONTEXT):
+            name = context.removeprefix(BITMAP_CONTEXT)
+            found = self._bitmaps.extents(name, offset, length)
+        elif context == DEPTH_CONTEXT:
+            found = extents.depth(self._image, self.backing, offset, length)
+        else:
+            if self._has_holes is None:
+                self._has_holes = has_more_clusters_than_blocks(self._image)
+            if not self._has_holes and self._is_plain(offset, length):
+                return iter((Extent(length, 0),))  # asked for before every short read
+            found = extents.allocation(
+                self._image, self.backing, offset, length, look_below=self._has_holes
+            )
+        return extents.merged(found)
+
+    # Durability.
+
+    def flush(self) -> None:
+        """Make all writes durable, and all tables that lead to them."""
+        if not self.read_only:
+            self._writeback.sync()
+
+    def close(self) -> None:
+        """Write all tables back, store bitmaps, and close all files.
+
+        A raw file leaves to the kernel what was not flushed; tables in memory have nobody else.
+
+        Raises:
+            OSError: the tables could not be written; everything is closed all the same.
+        """
+        closed, self._closed = self._closed, True
+        if closed:
+            return
+        try:
+            if not self.read_only and self._image.damage is None:
+                self._writeback.sync()
+                if self._bitmaps.is_tracking:
+                    self._bitmaps.store(self._new_cluster, self._writeback.sync)
+                # What the first turn has freed is counted so only now.
+                self._writeback.sync()
+        finally:
+            self._image.file.close()
+            self._data.close()
+            if self.backing is not None:
+                self.backing.close()
+
+    def _new_cluster(self) -> int:
+        writer = self._writer
+        assert writer is not None
+        with self._image.lock:
+            return writer.refcounts.allocate(1, for_metadata=True).first << self._bits
