@@ -575,6 +575,7 @@ def test_a_process_that_dies_lets_go_of_its_channels(gated, connect, how):
     server = gated(processes=1)
     occupy(connect(server))
     old = claimed(connect(server), 0)
+    assert old.ask(READ, 0, 1)[0] == 0  # it is served there by now, and not only going to be
     if how == "killed":
         pid = server.process.pid
         (child,) = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
