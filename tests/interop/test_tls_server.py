@@ -12,6 +12,8 @@ import ssl
 import struct
 import subprocess
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -464,6 +466,16 @@ def test_the_chain_is_shown_up_to_the_authority_that_clients_have(tmp_path, run)
 # Who is not let in, as others see it and as our log tells it.
 
 
+def has_clients(port):
+    """Tell whether a server of this machine has connections that it has not closed."""
+    for name in ("tcp", "tcp6"):
+        for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]:
+            _, local, _, state, *_ = row.split()
+            if int(local.rpartition(":")[2], 16) == port and state in ("01", "08"):
+                return True  # established, or closed by the other side
+    return False
+
+
 @pytest.fixture
 def told(tmp_path, files, run):
     """Serve, run a program that has to fail, and give what our log says about that."""
@@ -474,6 +486,10 @@ def told(tmp_path, files, run):
         with serving(tmp_path, *words, road="tcp", exports=1) as server:
             port = Target.parse(server.uri).port
             done = run(*(str(word).replace("PORT", str(port)) for word in command), check=False)
+            deadline = time.monotonic() + 30
+            while has_clients(port):  # it says why before it closes
+                assert time.monotonic() < deadline, "the server keeps the connection"
+                time.sleep(0.01)
             said = server.end()
         assert done.returncode != 0, done.stdout
         return said
