@@ -25,8 +25,8 @@ trap 'echo "demo: FAILED at line $LINENO" >&2' ERR
 
 say "A file of 256 MiB, and a server for it"
 run truncate -s 256M "$image"
-show "nbdlink serve $image --port $port &"
-nbdlink serve "$image" --port "$port" &
+show "nbdlink serve -f raw $image --port $port &"
+nbdlink serve -f raw "$image" --port "$port" &
 server=$!
 for _ in {1..300}; do
     (exec 3<>"/dev/tcp/localhost/$port") 2>/dev/null && break
