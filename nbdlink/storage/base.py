@@ -193,4 +193,11 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Give everything back, without flushing. No other method may run or follow."""
+        """Give everything back. No other method may run or follow.
+
+        Nothing has to be made durable, but writes that returned must not be lost to others: a
+        format writes what it keeps in memory.
+
+        Raises:
+            OSError: that failed.
+        """

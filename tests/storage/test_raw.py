@@ -15,6 +15,8 @@ from nbdlink.storage import raw
 from nbdlink.storage.fallocate import fallocate
 from nbdlink.storage.raw import RawStorage
 
+from .arrays import play
+
 K = 1024
 FOLDERS = [Path(tempfile.gettempdir())]
 if Path("/dev/shm").is_dir():
@@ -77,20 +79,7 @@ def test_a_window_behaves_as_an_array_of_bytes(folder, offload, script):
         file.flush()
         storage = RawStorage.open(file.name, offset=START, size=SIZE)
         try:
-            for what, (begin, end), flag, detail in script:
-                length = end - begin
-                if what == "write":
-                    data = bytes([detail]) * length
-                    write(storage, data, begin, fua=flag)
-                    model[begin:end] = data
-                elif what == "zero":
-                    storage.zero(begin, length, may_trim=flag, fast=False, fua=detail)
-                    model[begin:end] = bytes(length)
-                elif what == "trim":
-                    storage.trim(begin, length, flag)
-                    model[begin:end] = read(storage, begin, length)  # anything is right there
-                else:
-                    storage.cache(begin, length)
+            play(storage, model, script)
             assert read(storage) == model
         finally:
             storage.close()
