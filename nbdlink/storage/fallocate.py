@@ -55,3 +55,28 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     while code := _libc()(fd, mode, offset, length):
         if code != errno.EINTR:
             raise OSError(code, os.strerror(code))
+
+
+def attempt(fd: int, mode: int, position: int, length: int, unsupported: set[int]) -> bool:
+    """Do it if the file system knows how; tell whether it does.
+
+    Args:
+        fd: the file.
+        mode: one of the modes above.
+        position: bytes from the file's start.
+        length: bytes.
+        unsupported: modes that are not tried any more; `mode` is added if it is not known.
+
+    Raises:
+        OSError: it was tried and failed.
+    """
+    if mode in unsupported:
+        return False
+    try:
+        fallocate(fd, mode, position, length)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        unsupported.add(mode)
+        return False
+    return True

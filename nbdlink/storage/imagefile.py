@@ -20,7 +20,7 @@ from typing import Final, Self
 
 from nbdlink.errors import StorageError
 from nbdlink.storage import blockdev
-from nbdlink.storage.fallocate import PUNCH_HOLE, UNSUPPORTED, ZERO_RANGE, fallocate
+from nbdlink.storage.fallocate import PUNCH_HOLE, ZERO_RANGE, attempt
 
 _LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
 
@@ -225,16 +225,7 @@ class PosixFile(ImageFile):
 
     def _try(self, mode: int, position: int, length: int) -> bool:
         """Do a fallocate; False, from then on without asking, if the kernel does not know it."""
-        if mode in self._unsupported:
-            return False
-        try:
-            fallocate(self._fd, mode, position, length)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            self._unsupported.add(mode)
-            return False
-        return True
+        return attempt(self._fd, mode, position, length, self._unsupported)
 
     def extents(self, position: int, length: int) -> Iterator[tuple[int, bool]]:
         """Ask the file system."""

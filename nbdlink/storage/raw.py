@@ -31,7 +31,7 @@ from nbdlink.storage.fallocate import (
     PUNCH_HOLE,
     UNSUPPORTED,
     ZERO_RANGE,
-    fallocate,
+    attempt,
 )
 from nbdlink.storage.fingerprint import fingerprint
 from nbdlink.storage.locks import Use, lock
@@ -333,18 +333,9 @@ class RawStorage(Storage):
 
     def _try(self, mode: int, position: int, length: int) -> bool:
         """Do a fallocate; False, from then on without asking, if the kernel does not know it."""
-        if mode in self._unsupported:
-            return False
-        if mode == PUNCH_HOLE:
+        if mode == PUNCH_HOLE and mode not in self._unsupported:
             self.is_sparse = not self._device  # whoever reads afterwards looks for the hole
-        try:
-            fallocate(self._fd, mode, position, length)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
-            self._unsupported.add(mode)
-            return False
-        return True
+        return attempt(self._fd, mode, position, length, self._unsupported)
 
     def _write_zeroes(self, position: int, end: int) -> None:
         while position < end:

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from nbdlink.errors import StorageError
-from nbdlink.storage import imagefile
+from nbdlink.storage import fallocate as fallocation
 from nbdlink.storage.imagefile import PosixFile
 
 K = 1024
@@ -110,7 +110,7 @@ def test_a_file_system_that_cannot_zero_says_so_and_changes_nothing(file, path, 
         raise OSError(errno.EOPNOTSUPP, "not here")
 
     content = path.read_bytes()
-    monkeypatch.setattr(imagefile, "fallocate", no)
+    monkeypatch.setattr(fallocation, "fallocate", no)
     assert not file.zero_at(0, K, may_trim=True)
     file.discard_at(0, K)
     assert path.read_bytes() == content

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdlink.storage import raw
+from nbdlink.storage import fallocate as fallocation
 from nbdlink.storage.fallocate import fallocate
 from nbdlink.storage.raw import RawStorage
 
@@ -74,7 +74,7 @@ def test_a_window_behaves_as_an_array_of_bytes(folder, offload, script):
     model = bytearray(os.urandom(SIZE))
     with pytest.MonkeyPatch.context() as patch, tempfile.NamedTemporaryFile(dir=folder) as file:
         if not offload:
-            patch.setattr(raw, "fallocate", no_fallocate)
+            patch.setattr(fallocation, "fallocate", no_fallocate)
         file.write(before + model + after)
         file.flush()
         storage = RawStorage.open(file.name, offset=START, size=SIZE)
@@ -292,7 +292,7 @@ def test_fast_zeroes_are_fast_where_holes_are(large):
 
 @pytest.mark.parametrize("may_trim", [True, False])
 def test_fast_zeroes_that_would_be_slow_change_nothing(image, monkeypatch, may_trim):
-    monkeypatch.setattr(raw, "fallocate", no_fallocate)
+    monkeypatch.setattr(fallocation, "fallocate", no_fallocate)
     storage = RawStorage.open(image)
     before = image.read_bytes()
     with pytest.raises(OSError, match="fast") as caught:
@@ -303,7 +303,7 @@ def test_fast_zeroes_that_would_be_slow_change_nothing(image, monkeypatch, may_t
 
 
 def test_a_file_system_without_holes_does_not_offer_trim(image, monkeypatch):
-    monkeypatch.setattr(raw, "fallocate", no_fallocate)
+    monkeypatch.setattr(fallocation, "fallocate", no_fallocate)
     storage = RawStorage.open(image)
     assert not storage.can_trim
     storage.close()
@@ -316,7 +316,7 @@ def test_an_unknown_mode_is_tried_once(image, monkeypatch):
         calls.append(mode)
         no_fallocate(fd, mode, offset, length)
 
-    monkeypatch.setattr(raw, "fallocate", counting)
+    monkeypatch.setattr(fallocation, "fallocate", counting)
     storage = RawStorage.open(image)
     for _ in range(3):
         storage.zero(0, K, may_trim=True, fast=False, fua=False)
@@ -328,7 +328,7 @@ def test_other_failures_of_fallocate_are_told(storage, monkeypatch):
     def fail(fd, mode, offset, length):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(raw, "fallocate", fail)
+    monkeypatch.setattr(fallocation, "fallocate", fail)
     with pytest.raises(OSError, match="No space"):
         storage.zero(0, K, may_trim=False, fast=False, fua=False)
 
