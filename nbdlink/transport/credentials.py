@@ -16,27 +16,31 @@ message ever contains a secret.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from nbdlink.errors import ConfigError, TLSError
 from nbdlink.transport.identity import Role, describe, moment
+from nbdlink.transport.pem import (
+    authorities,
+    certificates,
+    has_private_key,
+    private_key,
+    revocations,
+)
 from nbdlink.transport.pskfile import choose_user, parse_keys
 from nbdlink.transport.stream import reason
 from nbdlink.transport.tlsfiles import (
     CredentialFiles,
     FileContent,
+    is_directory,
     printable,
     read_file,
     read_secret,
@@ -52,8 +56,6 @@ __all__ = [
     "load_client",
     "load_server",
 ]
-
-_HASHED: Final = re.compile(r"[0-9a-f]{8}\.[0-9]+")  # how c_rehash names an authority's file
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +192,8 @@ def _load_x509(files: CredentialFiles, usual: Path | None, role: Role) -> X509Cr
     return X509Credentials(
         chain,
         private,
-        None if authority is None else _load_authorities(authority),
-        () if revocation is None else _load_revocations(revocation),
+        None if authority is None else authorities(authority),
+        () if revocation is None else revocations(revocation),
         files.verify_depth,
         Sources(certificate, key or certificate, authority, revocation),
     )
@@ -298,21 +300,14 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def _is_directory(path: str) -> bool:
-    try:
-        return Path(path).is_dir()
-    except (OSError, ValueError):
-        return False  # reading it will tell why
-
-
 def _load_pair(
     certificate: str, key: str | None, passphrase: str | None
 ) -> tuple[tuple[x509.Certificate, ...], PrivateKeyTypes]:
     content = read_file(certificate, "the certificate")
-    chain = _certificates(content)
+    chain = certificates(content)
     if key is None:
         secret = content
-        if not any(label.endswith("PRIVATE KEY") for label, _ in _blocks(content)):
+        if not has_private_key(secret):
             raise ConfigError(
                 f"{printable(certificate)} holds a certificate, but not its private key",
                 hint="give the key with --tls-key FILE",
@@ -320,7 +315,7 @@ def _load_pair(
         refuse_exposed(secret, "the private key in")
     else:
         secret = read_secret(key, "the private key")
-    private = _private_key(secret, passphrase)
+    private = private_key(secret, passphrase)
     _check_pair(content, chain, secret, private)
     _check_dates(content, chain[0])
     return chain, private
@@ -372,167 +367,9 @@ def _check_dates(content: FileContent, certificate: x509.Certificate) -> None:
         )
 
 
-def _private_key(content: FileContent, passphrase: str | None) -> PrivateKeyTypes:
-    path = printable(content.path)
-    # Read even if the key will turn out to need none: a name that is wrong is told now.
-    phrase = None if passphrase is None else _passphrase(passphrase)
-    blocks = [block for block in _blocks(content) if block[0].endswith("PRIVATE KEY")]
-    if not blocks:
-        raise TLSError(f"{path} holds no private key, but {_listing(content)}")
-    label, pem = blocks[0]
-    if label == "OPENSSH PRIVATE KEY":
-        raise TLSError(
-            f"{path} is a key of OpenSSH, which TLS has no use for",
-            hint="give the key that the certificate was made with",
-        )
-    protected = label == "ENCRYPTED PRIVATE KEY" or b"\nProc-Type: 4,ENCRYPTED" in pem
-    if protected and phrase is None:
-        raise ConfigError(
-            f"{path} is protected by a passphrase", hint="give it with --tls-passphrase FILE"
-        )
-    try:
-        key = load_pem_private_key(pem, phrase if protected else None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        if protected:
-            raise TLSError(
-                f"{path} cannot be decrypted: the passphrase in {printable(passphrase or '')} is "
-                "wrong, or the key is damaged"
-            ) from None
-        raise TLSError(f"{path}: the private key in it is damaged or of an unknown kind") from None
-    kinds = (
-        rsa.RSAPrivateKey,
-        ec.EllipticCurvePrivateKey,
-        ed25519.Ed25519PrivateKey,
-        ed448.Ed448PrivateKey,
-    )
-    if not isinstance(key, kinds):
-        kind = type(key).__name__.removesuffix("PrivateKey")
-        raise TLSError(
-            f"{path} is a key of the kind {kind}, which cannot prove an identity in TLS",
-            hint="make one of RSA, ECDSA, Ed25519 or Ed448",
-        )
-    return key
-
-
-def _passphrase(path: str) -> bytes:
-    content = read_secret(path, "the passphrase")
-    phrase = content.data.partition(b"\n")[0].removesuffix(b"\r")
-    if not phrase:
-        raise TLSError(
-            f"{printable(path)} holds no passphrase", hint="its first line has to be the passphrase"
-        )
-    return phrase
-
-
-def _load_authorities(path: str) -> tuple[x509.Certificate, ...]:
-    if not _is_directory(path):
-        return _certificates(read_file(path, "the authorities"))
-    try:
-        names = sorted(
-            each.name
-            for each in Path(path).iterdir()
-            # A directory of c_rehash is full of links, some of which lead nowhere.
-            if (each.suffix in (".pem", ".crt") or _HASHED.fullmatch(each.name)) and each.is_file()
-        )
-    except OSError as error:
-        raise ConfigError(f"the authorities {printable(path)}: {reason(error)}") from None
-    found: dict[x509.Certificate, None] = {}
-    for name in names:
-        content = read_file(str(Path(path, name)), "the authorities")
-        # A key may lie beside its authority.
-        if any(label.endswith("CERTIFICATE") for label, _ in _blocks(content)):
-            found.update(dict.fromkeys(_certificates(content)))
-    if not found:
-        raise ConfigError(
-            f"{printable(path)} holds no authority",
-            hint="the directory has to hold certificates in files named *.pem or *.crt",
-        )
-    return tuple(found)
-
-
-def _load_revocations(path: str) -> tuple[x509.CertificateRevocationList, ...]:
-    content = read_file(path, "the list of revoked certificates")
-    blocks = [pem for label, pem in _blocks(content) if label == "X509 CRL"]
-    if not blocks:
-        raise TLSError(
-            f"{printable(path)} holds no list of revoked certificates, but {_listing(content)}"
-        )
-    lists = []
-    for number, pem in enumerate(blocks, 1):
-        try:
-            lists.append(x509.load_pem_x509_crl(pem))
-        except (ValueError, UnsupportedAlgorithm):
-            raise TLSError(
-                f"{printable(path)}: the list of revoked certificates number {number} is damaged"
-            ) from None
-    return tuple(lists)
-
-
-def _certificates(content: FileContent) -> tuple[x509.Certificate, ...]:
-    labels = ("CERTIFICATE", "X509 CERTIFICATE")
-    blocks = [pem for label, pem in _blocks(content) if label in labels]
-    if not blocks:
-        raise TLSError(f"{printable(content.path)} holds no certificate, but {_listing(content)}")
-    certificates = []
-    for number, pem in enumerate(blocks, 1):
-        try:
-            certificate = x509.load_pem_x509_certificate(pem)
-            # These are parsed when they are asked for; what is damaged has to show now.
-            _ = certificate.subject, certificate.issuer, certificate.not_valid_after_utc
-        except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
-            raise TLSError(
-                f"{printable(content.path)}: certificate number {number} is damaged"
-            ) from None
-        certificates.append(certificate)
-    return tuple(certificates)
-
-
-def _listing(content: FileContent) -> str:
-    return ", ".join(dict.fromkeys(label for label, _ in _blocks(content)))
-
-
-def _blocks(content: FileContent) -> list[tuple[str, bytes]]:
-    """Split PEM into its blocks, each with its label; text around them is nobody's business.
-
-    Raises:
-        TLSError: there are none, or one has no end.
-    """
-    blocks: list[tuple[str, bytes]] = []
-    label = b""
-    lines: list[bytes] = []
-    for line in map(bytes.strip, content.data.splitlines()):
-        if line.startswith(b"-----BEGIN ") and line.endswith(b"-----"):
-            if label:
-                break
-            label = line[11:-5]
-            lines = [line]
-        elif label:
-            lines.append(line)
-            if line == b"-----END " + label + b"-----":
-                name = printable(label.decode("latin-1"))
-                blocks.append((name, b"\n".join(lines) + b"\n"))
-                label = b""
-    path = printable(content.path)
-    if label:
-        raise TLSError(
-            f"{path}: a block of {printable(label.decode('latin-1'))} has no end",
-            hint="the file is cut off or damaged; copy it again",
-        )
-    if not blocks:
-        # A DER structure begins with the tag of a SEQUENCE.
-        der = content.data.startswith(b"\x30\x82")
-        raise TLSError(
-            f"{path} is not PEM",
-            hint="it looks like DER; `openssl x509`, `pkey` or `crl` with -inform DER converts it"
-            if der
-            else "the file has to hold lines like -----BEGIN CERTIFICATE-----",
-        )
-    return blocks
-
-
 def _load_psk(path: str, username: str | None, role: Role) -> PSKCredentials:
     # qemu is given the directory.
-    if _is_directory(path):
+    if is_directory(path):
         if not _is_there(Path(path, "keys.psk")):
             raise ConfigError(
                 f"{printable(str(Path(path, 'keys.psk')))}: no such file",

@@ -165,3 +165,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def is_directory(path: str) -> bool:
+    """Tell whether a path is a directory; not what is wrong with it if it cannot be told."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False  # reading it will tell why
