@@ -62,7 +62,7 @@ class Target:
         assert content[:FENCE] == content[-FENCE:] == b"\xaa" * FENCE
 
     def _converse(self, catalogue, said, rng):
-        before = threading.active_count()
+        before = set(threading.enumerate())
         listens, reset = rng.randrange(8) > 0, rng.randrange(8) == 0
         with contextlib.ExitStack() as stack:
             ours, theirs = socket.socketpair()
@@ -91,7 +91,7 @@ class Target:
         if failures:
             raise failures[0]
         end = time.monotonic() + PATIENCE
-        while threading.active_count() > before:
+        while set(threading.enumerate()) - before:
             assert time.monotonic() < end, "threads are left"
             time.sleep(0.001)
         _check_others(catalogue)

@@ -197,10 +197,12 @@ def test_a_unix_socket_is_served_and_removed(serve, tmp_path):
 
 
 def test_nothing_is_left_behind():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with serve_metrics("127.0.0.1:0", list) as listener:
         asked(listener)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive(), thread
 
 
 def test_an_address_in_use_is_named(serve):
