@@ -61,7 +61,7 @@ def sits_still(service):
     ids=["nothing", "half a word", "half an option", "an option", "a skipped option"],
 )
 def test_who_does_not_finish_the_handshake_is_hung_up_on(serve, storage, said):
-    service = serve({"": storage}, negotiation_timeout=0.1)
+    service = serve({"": storage}, negotiation_timeout=0.6)
     with RawClient(service, handshake=False) as client:
         client.receive(18)
         client.send(said)

@@ -65,7 +65,7 @@ def test_the_limit_holds_for_clients_that_come_at_the_same_moment(storage, nothi
 
 
 def test_who_never_speaks_keeps_a_place_no_longer_than_the_deadline(serve, storage):
-    service = serve({"": storage}, shared=1, negotiation_timeout=0.2)
+    service = serve({"": storage}, shared=1, negotiation_timeout=1)
     with RawClient(service, handshake=False) as dawdler, RawClient(service) as client:
         assert dawdler.receive(18).startswith(b"NBDMAGIC"), "it had the only place"
         assert client.ask(READ, 0, 5)[0] == 0

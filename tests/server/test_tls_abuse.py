@@ -86,7 +86,7 @@ def is_well(service):
     "said", [b"", HELLO[:1], HELLO[:5], HELLO], ids=["nothing", "a byte", "a header", "half"]
 )
 def test_half_a_handshake_meets_the_deadline(secured, said):
-    service = secured(negotiation_timeout=0.2)
+    service = secured(negotiation_timeout=0.7)
     with starting(service) as client:
         client.send(said)
         assert client.hung_up()
