@@ -153,10 +153,9 @@ def test_a_process_that_dies_takes_only_its_own_clients_along(server, four):
     assert len(dead) == 1
     with server.client() as client:
         assert client.ask(READ, 0, 16) == (0, bytes(16))
+    assert _line_with("which served it, has died", server.process.stderr)
     server.process.terminate()
-    status, log = server.end()
-    assert status == 0
-    assert "which served it, has died" in log
+    assert server.end()[0] == 0
 
 
 @pytest.fixture
@@ -193,11 +192,15 @@ def test_who_leaves_before_choosing_an_export_takes_no_place(secured, eventually
     for _ in range(8):
         client = secured.client(handshake=False)
         client.sock.close()
-    eventually(lambda: [threads(child) for child in secured.children] == [1, 1, 1])
-    with contextlib.ExitStack() as stack:
-        for _ in range(4):
-            stack.enter_context(secured.client())
-        assert [threads(child) for child in secured.children] == [2, 2, 2]
+
+    def spread():
+        # Those above may just have begun, or be counted for a moment yet.
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                stack.enter_context(secured.client())
+            return [threads(child) for child in secured.children] == [2, 2, 2]
+
+    eventually(spread)
 
 
 def test_a_refused_handshake_is_told_once_wherever_it_was(secured):
@@ -207,9 +210,10 @@ def test_a_refused_handshake_is_told_once_wherever_it_was(secured):
         client.send(b"this is not TLS at all")
         assert client.rest()[:1] in (b"", b"\x15")
         client.sock.close()
+        assert _line_with("does not speak TLS", secured.process.stderr)
     secured.process.terminate()
     status, log = secured.end()
-    assert (status, log.count("does not speak TLS")) == (0, 1), log
+    assert (status, log.count("does not speak TLS")) == (0, 0), log
 
 
 def _line_with(words, stream):
@@ -234,8 +238,7 @@ def test_a_broken_protocol_is_told_by_the_first_process(server, four):
     for client in four:
         client.send(bytes(28))
         assert client.hung_up()
-    server.process.terminate()
-    assert server.end()[1].count("hung up on: a request begins with the magic 0x00000000") == 4
+        assert _line_with("hung up on: a request begins with the magic 0", server.process.stderr)
 
 
 def test_a_storage_in_memory_is_served_by_one_process():
