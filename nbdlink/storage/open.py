@@ -9,6 +9,9 @@ The layers, from the file up; each is there only if it has something to do:
     overlay         writes go to a temporary file
     window          a part of what is below
     policy          durability, zeroes, and space that is given back
+    write behind    writes are acknowledged before they are done
+    locked ranges   what overlaps is done one after the other
+    block sizes     clients are asked for larger blocks
 
 Only a raw file and its policy leave the engine its fast roads (`Storage.plain_file`).
 """
@@ -25,6 +28,7 @@ from typing import Final, Literal, NamedTuple
 
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.storage.base import Storage
+from nbdlink.storage.blocksize import BlockSized, BlockSizes
 from nbdlink.storage.direct import (
     DirectFile,
     DirectStorage,
@@ -40,8 +44,10 @@ from nbdlink.storage.locks import Use, lock
 from nbdlink.storage.overlay import Overlay
 from nbdlink.storage.policy import DetectZeroes, Policy
 from nbdlink.storage.probe import KNOWN, RAW, SECTOR, probe
+from nbdlink.storage.rangelocks import LockedRanges
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
+from nbdlink.storage.writebehind import LEAST_MEMORY, WriteBehind
 
 _log = logging.getLogger("nbdlink.storage")
 
@@ -109,6 +115,10 @@ class StorageSpec:
         detect_zeroes: whether writes of zeroes are looked for.
         locking: whether to take QEMU's locks, and to heed them.
         device: whether it has to be a block device (or must not be one); None for either.
+        write_behind: bytes of writes that may be acknowledged before they are done; None for
+            none.
+        lock_ranges: whether requests that overlap are done one after the other.
+        block_sizes: what clients are asked for; None for what the storage needs.
     """
 
     path: str
@@ -123,6 +133,9 @@ class StorageSpec:
     detect_zeroes: DetectZeroes = "off"
     locking: bool = True
     device: bool | None = None
+    write_behind: int | None = None
+    lock_ranges: bool = False
+    block_sizes: BlockSizes | None = None
 
     def check(self) -> None:
         """Look whether it makes sense, before anything is opened.
@@ -148,6 +161,18 @@ class StorageSpec:
                 f"aio={self.aio} is not available: requests are done in threads here",
                 hint="leave --aio out",
             )
+        if self.write_behind is not None:
+            if self.cache.write_through:
+                raise ConfigError(
+                    "write-behind acknowledges before it writes, and writethrough and directsync "
+                    "only when all is durable",
+                    hint="say --cache none or writeback",
+                )
+            if self.write_behind < LEAST_MEMORY:
+                raise ConfigError(
+                    f"{self.write_behind} bytes are too few for write-behind",
+                    hint="give it 1M or more; the default is 32M",
+                )
         if self.snapshot is not None and self.format not in (None, "qcow2"):
             raise ConfigError(f"{self.format} images have no internal snapshots")
 
@@ -177,6 +202,12 @@ def open_storage(spec: StorageSpec) -> Storage:
             # Its file sees to that, see `_open_qcow2`.
             spec = replace(spec, cache=spec.cache._replace(flushes=True))
         storage = _with_policy(spec, storage)
+        if spec.write_behind is not None and not storage.read_only:
+            storage = WriteBehind(storage, spec.write_behind)
+        if spec.lock_ranges:
+            storage = LockedRanges(storage)
+        if spec.block_sizes is not None:
+            storage = BlockSized(storage, spec.block_sizes)
         undo.pop_all()
         return storage
 
