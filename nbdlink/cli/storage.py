@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nbdlink.errors import ConfigError
 from nbdlink.sizes import parse_size
+from nbdlink.uri import Target, is_uri
 
 if TYPE_CHECKING:
     from nbdlink.storage.open import StorageSpec
@@ -106,7 +108,7 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
 
     Args:
         arguments: the command line.
-        word: the operand that names it: a path, or with `--image-opts` options.
+        word: the operand that names it: a path or an NBD URI, or with `--image-opts` options.
 
     Raises:
         ConfigError: the options contradict each other.
@@ -142,12 +144,13 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
         spec = parse_image_options(word, spec)
     elif not word:
         raise ConfigError("an empty path names no storage")
+    elif is_uri(word):
+        target = Target.parse(word)
+        spec = replace(spec, path=str(target), target=target)
     part = Part(
         parse_size(arguments.offset), parse_size(arguments.size) if arguments.size else None
     )
     if part != Part():
-        from dataclasses import replace
-
         spec = replace(spec, parts=(*spec.parts, part))
     spec.check()
     return spec

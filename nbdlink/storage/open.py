@@ -3,7 +3,7 @@
 The layers, from the file up; each is there only if it has something to do:
 
     file            `RawStorage`, or `DirectStorage` without the page cache; a raw image is no more
-                    than that, and a window of it belongs to it
+                    than that, and a window of it belongs to it. Or `RemoteStorage`, an export
     first sector    keeps an image that was found to be raw from becoming something else
     format          qcow2, or one that can only be read
     overlay         writes go to a temporary file
@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from nbdlink.client.security import NO_OPTIONS, TLSOptions
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.storage.base import Storage
 from nbdlink.storage.blocksize import BlockSized, BlockSizes
@@ -43,11 +44,12 @@ from nbdlink.storage.layer import Layer
 from nbdlink.storage.locks import Use, lock
 from nbdlink.storage.overlay import Overlay
 from nbdlink.storage.policy import DetectZeroes, Policy
-from nbdlink.storage.probe import KNOWN, RAW, SECTOR, probe
+from nbdlink.storage.probe import KNOWN, RAW, SECTOR, format_of, probe
 from nbdlink.storage.rangelocks import LockedRanges
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
 from nbdlink.storage.writebehind import LEAST_MEMORY, WriteBehind
+from nbdlink.uri import Target
 
 _log = logging.getLogger("nbdlink.storage")
 
@@ -103,7 +105,7 @@ class StorageSpec:
     """What is to be opened, and how.
 
     Attributes:
-        path: of a file or a block device.
+        path: of a file or a block device, or for messages the target's URI.
         format: one of `SERVED`, or None to find out.
         parts: windows of it, from the lowest to the highest.
         read_only: whether to open it for reading only.
@@ -119,6 +121,8 @@ class StorageSpec:
             none.
         lock_ranges: whether requests that overlap are done one after the other.
         block_sizes: what clients are asked for; None for what the storage needs.
+        target: an export of another server, which lies there instead of a file; or None.
+        tls: what is demanded of TLS on the way to it, beside what the target says.
     """
 
     path: str
@@ -136,6 +140,8 @@ class StorageSpec:
     write_behind: int | None = None
     lock_ranges: bool = False
     block_sizes: BlockSizes | None = None
+    target: Target | None = None
+    tls: TLSOptions = NO_OPTIONS
 
     def check(self) -> None:
         """Look whether it makes sense, before anything is opened.
@@ -185,6 +191,8 @@ def open_storage(spec: StorageSpec) -> Storage:
         StorageError: it cannot be opened, or not in this way.
     """
     spec.check()
+    if spec.target is not None:
+        return _open_remote(spec, spec.target)
     _check_kind(spec)
     kind = probe(spec.path) if spec.format is None else spec.format
     with contextlib.ExitStack() as undo:
@@ -192,22 +200,56 @@ def open_storage(spec: StorageSpec) -> Storage:
             storage, parts = _open_raw(spec), spec.parts[1:]
         else:
             storage, parts = _open_format(spec, kind), spec.parts
-        undo.callback(lambda: storage.close())
-        if spec.overlay:
-            storage = Overlay(storage)
-        for part in parts:
-            if part != Part():
-                storage = Window(storage, part.offset, part.size)
+        undo.callback(storage.close)
         if kind == "qcow2":
             # Its file sees to that, see `_open_qcow2`.
             spec = replace(spec, cache=spec.cache._replace(flushes=True))
-        storage = _with_policy(spec, storage)
-        if spec.write_behind is not None and not storage.read_only:
-            storage = WriteBehind(storage, spec.write_behind)
-        if spec.lock_ranges:
-            storage = LockedRanges(storage)
-        if spec.block_sizes is not None:
-            storage = BlockSized(storage, spec.block_sizes)
+        storage = _layers(spec, storage, parts, undo)
+        undo.pop_all()
+        return storage
+
+
+def _layers(
+    spec: StorageSpec, storage: Storage, parts: tuple[Part, ...], undo: contextlib.ExitStack
+) -> Storage:
+    """Lay what was asked for on a storage; `undo` learns what has to be closed if that fails."""
+    if spec.overlay:
+        storage = Overlay(storage)
+        undo.callback(storage.close)
+    for part in parts:
+        if part != Part():
+            storage = Window(storage, part.offset, part.size)
+    storage = _with_policy(spec, storage)
+    if spec.write_behind is not None and not storage.read_only:
+        storage = WriteBehind(storage, spec.write_behind)
+    if spec.lock_ranges:
+        storage = LockedRanges(storage)
+    if spec.block_sizes is not None:
+        storage = BlockSized(storage, spec.block_sizes)
+    return storage
+
+
+def _open_remote(spec: StorageSpec, target: Target) -> Storage:
+    from nbdlink.storage.remote import RemoteStorage
+
+    read_only = spec.read_only or spec.overlay or spec.snapshot is not None
+    with contextlib.ExitStack() as undo:
+        storage: Storage
+        storage = remote = RemoteStorage.open(target, read_only=read_only, tls=spec.tls)
+        undo.callback(remote.close)
+        kind = format_of(remote.head(SECTOR)) if spec.format is None else spec.format
+        if kind != RAW:
+            raise StorageError(
+                f"{spec.path} is a {kind} image, which cannot be served from within an export",
+                hint="-f raw serves the bytes of the export as they are",
+            )
+        if spec.snapshot is not None:
+            raise _no_snapshots(spec)
+        if spec.format is None and not read_only:
+            _warn_of_raw(spec)
+            storage = FirstSector(remote)
+            undo.callback(storage.close)
+        storage = _layers(spec, storage, spec.parts, undo)
         undo.pop_all()
         return storage
 
@@ -224,7 +266,7 @@ def _check_kind(spec: StorageSpec) -> None:
 
 def _open_raw(spec: StorageSpec) -> Storage:
     if spec.snapshot is not None:
-        raise StorageError(f"{spec.path} is a raw image, and these have no internal snapshots")
+        raise _no_snapshots(spec)
     part = spec.parts[0] if spec.parts else Part()
     read_only = spec.read_only or spec.overlay
     kind = DirectStorage if spec.cache.direct else RawStorage
@@ -237,12 +279,20 @@ def _open_raw(spec: StorageSpec) -> Storage:
     )
     if spec.format is not None or read_only or part.offset >= SECTOR:
         return raw
+    _warn_of_raw(spec)
+    return FirstSector(raw)
+
+
+def _no_snapshots(spec: StorageSpec) -> StorageError:
+    return StorageError(f"{spec.path} is a raw image, and these have no internal snapshots")
+
+
+def _warn_of_raw(spec: StorageSpec) -> None:
     _log.warning(
         "%s: no format was given, and it was found to be raw; what would make its first sector "
         "look like another format cannot be written. Say -f raw to do without that",
         spec.path,
     )
-    return FirstSector(raw)
 
 
 def _open_format(spec: StorageSpec, kind: str) -> Storage:
