@@ -22,16 +22,19 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+)
 
 from nbdlink.errors import ConfigError, TLSError
-from nbdlink.transport.identity import Role, describe, moment
+from nbdlink.transport.identity import Role, describe, moment, valid_from, valid_until
 from nbdlink.transport.pskfile import choose_user, parse_keys
 from nbdlink.transport.stream import reason
 from nbdlink.transport.tlsfiles import (
@@ -42,6 +45,9 @@ from nbdlink.transport.tlsfiles import (
     read_secret,
     refuse_exposed,
 )
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 
 __all__ = [
     "Credentials",
@@ -349,25 +355,30 @@ def _check_pair(
     )
 
 
-def _has_key(certificate: x509.Certificate, key: object) -> bool:
+def _has_key(certificate: x509.Certificate, key: PublicKeyTypes) -> bool:
     try:
-        return certificate.public_key() == key
+        return _encoded(certificate.public_key()) == _encoded(key)
     except (ValueError, UnsupportedAlgorithm):
         return False
+
+
+def _encoded(key: PublicKeyTypes) -> bytes:
+    # Before cryptography 40 keys of the same content were not equal.
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _check_dates(content: FileContent, certificate: x509.Certificate) -> None:
     now = datetime.now(UTC)
     named = f"{describe(certificate)} in {printable(content.path)}"
     clock = f"this machine's clock ({now:%Y-%m-%d %H:%M:%S} UTC)"
-    if certificate.not_valid_after_utc < now:
+    if valid_until(certificate) < now:
         raise TLSError(
-            f"{named} expired on {moment(certificate.not_valid_after_utc)}",
+            f"{named} expired on {moment(valid_until(certificate))}",
             hint=f"renew the certificate, or check {clock}",
         )
-    if certificate.not_valid_before_utc > now:
+    if valid_from(certificate) > now:
         raise TLSError(
-            f"{named} is valid only from {moment(certificate.not_valid_before_utc)} on",
+            f"{named} is valid only from {moment(valid_from(certificate))} on",
             hint=f"wait, or check {clock}",
         )
 
@@ -406,7 +417,7 @@ def _private_key(content: FileContent, passphrase: str | None) -> PrivateKeyType
         ed448.Ed448PrivateKey,
     )
     if not isinstance(key, kinds):
-        kind = type(key).__name__.removesuffix("PrivateKey")
+        kind = type(key).__name__.removesuffix("PrivateKey").lstrip("_")
         raise TLSError(
             f"{path} is a key of the kind {kind}, which cannot prove an identity in TLS",
             hint="make one of RSA, ECDSA, Ed25519 or Ed448",
@@ -478,7 +489,7 @@ def _certificates(content: FileContent) -> tuple[x509.Certificate, ...]:
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             # These are parsed when they are asked for; what is damaged has to show now.
-            _ = certificate.subject, certificate.issuer, certificate.not_valid_after_utc
+            _ = certificate.subject, certificate.issuer, valid_until(certificate)
         except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
             raise TLSError(
                 f"{printable(content.path)}: certificate number {number} is damaged"
