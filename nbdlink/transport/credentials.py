@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from nbdlink.errors import ConfigError, TLSError
-from nbdlink.transport.identity import Role, describe, moment
+from nbdlink.transport.identity import Role, describe, moment, valid_from, valid_until
 from nbdlink.transport.pem import (
     authorities,
     certificates,
@@ -46,6 +47,9 @@ from nbdlink.transport.tlsfiles import (
     read_secret,
     refuse_exposed,
 )
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes, PublicKeyTypes
 
 __all__ = [
     "Credentials",
@@ -344,25 +348,30 @@ def _check_pair(
     )
 
 
-def _has_key(certificate: x509.Certificate, key: object) -> bool:
+def _has_key(certificate: x509.Certificate, key: PublicKeyTypes) -> bool:
     try:
-        return certificate.public_key() == key
+        return _encoded(certificate.public_key()) == _encoded(key)
     except (ValueError, UnsupportedAlgorithm):
         return False
+
+
+def _encoded(key: PublicKeyTypes) -> bytes:
+    # Before cryptography 40 keys of the same content were not equal.
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def _check_dates(content: FileContent, certificate: x509.Certificate) -> None:
     now = datetime.now(UTC)
     named = f"{describe(certificate)} in {printable(content.path)}"
     clock = f"this machine's clock ({now:%Y-%m-%d %H:%M:%S} UTC)"
-    if certificate.not_valid_after_utc < now:
+    if valid_until(certificate) < now:
         raise TLSError(
-            f"{named} expired on {moment(certificate.not_valid_after_utc)}",
+            f"{named} expired on {moment(valid_until(certificate))}",
             hint=f"renew the certificate, or check {clock}",
         )
-    if certificate.not_valid_before_utc > now:
+    if valid_from(certificate) > now:
         raise TLSError(
-            f"{named} is valid only from {moment(certificate.not_valid_before_utc)} on",
+            f"{named} is valid only from {moment(valid_from(certificate))} on",
             hint=f"wait, or check {clock}",
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from cryptography import x509
 
@@ -122,3 +122,29 @@ def moment(when: datetime) -> str:
     if abs(when - datetime.now(UTC)) < timedelta(days=2):
         return f"{when:%Y-%m-%d %H:%M:%S} UTC"
     return f"{when:%Y-%m-%d}"
+
+
+def valid_from(certificate: x509.Certificate) -> datetime:
+    """Give the moment from which on a certificate is valid."""
+    when: datetime = _moment(certificate, "not_valid_before")
+    return when
+
+
+def valid_until(certificate: x509.Certificate) -> datetime:
+    """Give the last moment at which a certificate is valid."""
+    when: datetime = _moment(certificate, "not_valid_after")
+    return when
+
+
+def next_update(revocations: x509.CertificateRevocationList) -> datetime | None:
+    """Give the moment until which a list of revoked certificates is good, if it says so."""
+    when: datetime | None = _moment(revocations, "next_update")
+    return when
+
+
+def _moment(thing: object, name: str) -> Any:
+    try:
+        return getattr(thing, f"{name}_utc")
+    except AttributeError:  # before cryptography 42, as in Debian 12, dates had no time zone
+        when: datetime | None = getattr(thing, name)
+        return None if when is None else when.replace(tzinfo=UTC)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from nbdlink.errors import ConfigError, TLSError
+from nbdlink.transport.identity import valid_until
 from nbdlink.transport.stream import reason
 from nbdlink.transport.tlsfiles import (
     FileContent,
@@ -24,6 +24,9 @@ from nbdlink.transport.tlsfiles import (
     read_file,
     read_secret,
 )
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 
 _HASHED: Final = re.compile(r"[0-9a-f]{8}\.[0-9]+")  # how c_rehash names an authority's file
 
@@ -81,7 +84,7 @@ def private_key(content: FileContent, passphrase: str | None) -> PrivateKeyTypes
         ed448.Ed448PrivateKey,
     )
     if not isinstance(key, kinds):
-        kind = type(key).__name__.removesuffix("PrivateKey")
+        kind = type(key).__name__.removesuffix("PrivateKey").lstrip("_")
         raise TLSError(
             f"{path} is a key of the kind {kind}, which cannot prove an identity in TLS",
             hint="make one of RSA, ECDSA, Ed25519 or Ed448",
@@ -169,7 +172,7 @@ def certificates(content: FileContent) -> tuple[x509.Certificate, ...]:
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             # These are parsed when they are asked for; what is damaged has to show now.
-            _ = certificate.subject, certificate.issuer, certificate.not_valid_after_utc
+            _ = certificate.subject, certificate.issuer, valid_until(certificate)
         except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
             raise TLSError(
                 f"{printable(content.path)}: certificate number {number} is damaged"

@@ -34,6 +34,7 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from nbdlink.errors import TLSError, TransportError
+from nbdlink.transport import bindings
 from nbdlink.transport.alerts import explain_failure, explain_stream, suspicion
 from nbdlink.transport.credentials import describe
 from nbdlink.transport.stream import Deadline, reason
@@ -180,7 +181,7 @@ class TLSStream:
     def _describe(self) -> TLSSession:
         connection = self._connection
         try:
-            certificate = connection.get_peer_certificate(as_cryptography=True)
+            certificate = bindings.peer_certificate(connection)
         except Exception:  # malformed, which is no matter if nobody asks who the peer is
             certificate = None
         peer = self._judgement.user if certificate is None else describe(certificate)

@@ -18,7 +18,7 @@ from cryptography import x509
 from OpenSSL import SSL, crypto
 
 from nbdlink.errors import TLSError
-from nbdlink.transport import verification
+from nbdlink.transport import bindings, verification
 from nbdlink.transport.credentials import Credentials, PSKCredentials, X509Credentials
 from nbdlink.transport.tlsfiles import printable
 
@@ -178,15 +178,11 @@ class TLSContext:
 
     def _use_certificates(self, credentials: X509Credentials) -> None:
         context = self._context
-        context.set_tls13_ciphersuites(self._ordered(_SUITES))
+        bindings.set_suites(context, self._ordered(_SUITES))
         context.set_cipher_list(_CIPHERS)
         if credentials.chain:
-            own, *others = credentials.chain
-            context.use_certificate(own)
-            for other in others:
-                context.add_extra_chain_cert(other)
             assert credentials.key is not None
-            context.use_privatekey(credentials.key)  # type: ignore[arg-type]
+            bindings.use_certificates(context, credentials.chain, credentials.key)
         if not self.verifies:
             context.set_verify(SSL.VERIFY_NONE)
             return
@@ -202,7 +198,7 @@ class TLSContext:
                 store.add_cert(crypto.X509.from_cryptography(authority))
         self._revocations = credentials.revocations
         for revocations in credentials.revocations:
-            store.add_crl(revocations)
+            bindings.add_revocations(store, revocations)
             flags |= crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL
         store.set_flags(flags)
         if credentials.verify_depth is not None:
@@ -215,7 +211,7 @@ class TLSContext:
                 "this build of OpenSSL has no pre-shared keys", hint="use certificates instead"
             )
         context = self._context
-        context.set_tls13_ciphersuites(self._ordered(_PSK_SUITES))
+        bindings.set_suites(context, self._ordered(_PSK_SUITES))
         context.set_cipher_list(_PSK_CIPHERS)
         if self.server:
             keys = {user.encode(): key for user, key in credentials.keys.items()}

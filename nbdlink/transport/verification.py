@@ -14,7 +14,16 @@ from typing import Final
 
 from cryptography import x509
 
-from nbdlink.transport.identity import Role, alternative_names, describe, describe_issuer, moment
+from nbdlink.transport.identity import (
+    Role,
+    alternative_names,
+    describe,
+    describe_issuer,
+    moment,
+    next_update,
+    valid_from,
+    valid_until,
+)
 from nbdlink.transport.tlsfiles import printable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -148,10 +157,10 @@ def explain(
     issuer = "its authority" if certificate is None else describe_issuer(certificate)
     match code:
         case VerifyError.CERT_HAS_EXPIRED:
-            when = "" if certificate is None else f" on {moment(certificate.not_valid_after_utc)}"
+            when = "" if certificate is None else f" on {moment(valid_until(certificate))}"
             return f"{subject} expired{when}", "have it renewed, or check the clocks"
         case VerifyError.CERT_NOT_YET_VALID:
-            when = "later" if certificate is None else moment(certificate.not_valid_before_utc)
+            when = "later" if certificate is None else moment(valid_from(certificate))
             return f"{subject} is valid only from {when} on", "check the clocks of both machines"
         case (
             VerifyError.UNABLE_TO_GET_ISSUER_CERT
@@ -278,7 +287,7 @@ def _expiry(
 ) -> datetime | None:
     if certificate is None:
         return None
-    dates = [each.next_update_utc for each in revocations if each.issuer == certificate.issuer]
+    dates = [next_update(each) for each in revocations if each.issuer == certificate.issuer]
     return max((date for date in dates if date is not None), default=None)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from OpenSSL import SSL
 
+from nbdlink.transport.bindings import set_suites
 from nbdlink.transport.credentials import Credentials, PSKCredentials, X509Credentials
 from nbdlink.transport.stream import Deadline
 from nbdlink.transport.tls import TLSStream
@@ -68,7 +69,7 @@ def context(
     verify = kind == "two certificates" if server else None
     made = TLSContext(credentials(role, kind), server=server, verify_peer=verify)
     if suite:
-        made._context.set_tls13_ciphersuites(suite.encode())
+        set_suites(made._context, suite.encode())
     if newest:
         made._context.set_max_proto_version(newest)
     return made

@@ -13,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from OpenSSL import crypto
 
+from nbdlink.transport.bindings import add_revocations
 from nbdlink.transport.verification import (
     VerifyError,
     explain,
@@ -44,7 +45,7 @@ def verdict(
     store = crypto.X509Store()
     store.add_cert(crypto.X509.from_cryptography(trusted.certificate))
     if revocations is not None:
-        store.add_crl(revocations)
+        add_revocations(store, revocations)
         store.set_flags(crypto.X509StoreFlags.CRL_CHECK)
     sent = identity.intermediates if intermediates is None else intermediates
     context = crypto.X509StoreContext(
