@@ -1,7 +1,7 @@
 """The servers that are compared: nbdlink, Debian's peers, and a minimal one in C.
 
-Each serves one raw file, on a Unix socket or on TCP, with its defaults; where a default would
-keep several clients out, it is told to let them in.
+Each serves one raw file or, if it can, one qcow2 image, on a Unix socket or on TCP, with its
+defaults; where a default would keep several clients out, it is told to let them in.
 """
 
 from __future__ import annotations
@@ -23,13 +23,23 @@ YARDSTICK = "yardstick"
 
 @dataclass(frozen=True)
 class Post:
-    """Where a server is to stand: what it serves, at which address, and with which certificates."""
+    """Where a server is to stand: what it serves, at which address, and with which certificates.
+
+    Attributes:
+        image: the file.
+        transport: "unix", "tcp" or "tls".
+        folder: for its files.
+        address: where it listens.
+        credentials: the folder of its certificates.
+        format: what the file is, "raw" or "qcow2".
+    """
 
     image: Path
     transport: str
     folder: Path
     address: str | tuple[str, int]
     credentials: Path | None = None
+    format: str = "raw"
 
     def uri(self, export: str = "") -> str:
         if isinstance(self.address, str):
@@ -59,6 +69,7 @@ class Contestant:
         describe: its version and the options that matter.
         start: starts it at a post.
         has_tls: whether it takes part over TLS.
+        has_qcow2: whether it serves qcow2 images.
     """
 
     name: str
@@ -66,6 +77,7 @@ class Contestant:
     describe: Callable[[], str]
     start: Callable[[Post], Server]
     has_tls: bool = True
+    has_qcow2: bool = False
 
     @property
     def is_there(self) -> bool:
@@ -98,6 +110,7 @@ def _nbdlink(name: str, checkout: Path) -> Contestant:
 
     def start(post: Post) -> Server:
         command = [*python, "serve", str(post.image)]
+        command += ["-f", post.format] if post.format != "raw" else []
         command += post.words("-k", ["-b", "127.0.0.1", "-p"])
         if post.credentials:
             command += ["--tls-certificates", str(post.credentials)]
@@ -108,7 +121,7 @@ def _nbdlink(name: str, checkout: Path) -> Contestant:
         version = _first_line([*python, "--version"], checkout)
         return f"{version}, Python {sys.version.split()[0]}"
 
-    return Contestant(name, sys.executable, describe, start)
+    return Contestant(name, sys.executable, describe, start, has_qcow2=True)
 
 
 def _nbdkit(name: str, options: list[str]) -> Contestant:
@@ -126,7 +139,7 @@ def _nbdkit(name: str, options: list[str]) -> Contestant:
 
 
 def _start_qemu(post: Post) -> Server:
-    command = ["qemu-nbd", "-t", "-e", "0", "-f", "raw"]
+    command = ["qemu-nbd", "-t", "-e", "0", "-f", post.format]
     command += post.words("-k", ["-b", "127.0.0.1", "-p"])
     if post.credentials:
         tls = f"tls-creds-x509,id=tls0,endpoint=server,verify-peer=no,dir={post.credentials}"
@@ -136,7 +149,7 @@ def _start_qemu(post: Post) -> Server:
 
 def _describe_qemu() -> str:
     version = _first_line(["qemu-nbd", "--version"]).partition("(")[0].strip()
-    return f"{version}, -t -e 0 -f raw; cache writeback and aio threads, the defaults"
+    return f"{version}, -t -e 0 -f raw (or qcow2); cache writeback and aio threads, the defaults"
 
 
 def _start_nbd_server(post: Post) -> Server:
@@ -193,7 +206,7 @@ CONTESTANTS = {
         _nbdlink(OURS, ROOT),
         _nbdkit("nbdkit -t 1", ["-t", "1"]),
         _nbdkit("nbdkit", []),
-        Contestant("qemu-nbd", "qemu-nbd", _describe_qemu, _start_qemu),
+        Contestant("qemu-nbd", "qemu-nbd", _describe_qemu, _start_qemu, has_qcow2=True),
         Contestant("nbd-server", "nbd-server", _describe_nbd_server, _start_nbd_server, False),
         Contestant(YARDSTICK, "gcc", _describe_yardstick, _start_yardstick, False),
     )

@@ -154,8 +154,8 @@ class Result:
         small = 0 < self.block <= 4096
         if rate and round(rate.median, 2) < 1:
             words.append(("rate", f"{rate.median:.2f} of the rate of {rate.other} {_span(rate)}"))
-        if self.transport == "tls":
-            return words  # its goals are about the rate; ciphers cost everybody the same
+        if self.transport == "tls" or self.is_image:
+            return words  # their goals are about the rate; ciphers cost everybody the same
         if cost and small and self.depth >= 16 and round(cost.median, 2) > round(CPU_SHARE, 2):
             words.append(
                 (
@@ -191,8 +191,14 @@ class Result:
         return 0 < self.block < 1 << 20
 
     @property
+    def is_image(self) -> bool:
+        """Whether a qcow2 image is served."""
+        return "/qcow2-" in self.name
+
+    @property
     def wants_factor(self) -> bool:
-        return 0 < self.block <= 4096 and self.depth >= 16 and self.transport == "unix"
+        small = 0 < self.block <= 4096 and self.depth >= 16
+        return small and self.transport == "unix" and not self.is_image
 
     @property
     def has_room(self) -> bool:

@@ -20,7 +20,8 @@ class Row:
 
     Attributes:
         transport: "unix", "tcp", or "tls" for TLS on TCP.
-        place: "tmpfs" or "disk": where the served file is.
+        place: "tmpfs" or "disk": where the served file is; or "qcow2-" and the kind of a qcow2
+            image on tmpfs, see `bench.images`.
         rw: "read" or "write"; small blocks at random offsets, blocks of 1 MiB in sequence.
         block: bytes per request.
         depth: requests in flight on each connection.
@@ -98,6 +99,11 @@ ROWS: list[Row] = [
     *_rows("tcp", "disk", [(KIB * 4, 16), (MIB, 4)], 1, "one"),
     *_rows("tls", "tmpfs", _WORK, 1, "one"),
     *_rows("tls", "tmpfs", _SOME, 4, "both"),
+    *_rows("unix", "qcow2-preallocated", _SOME, 1, "one"),
+    *_rows("unix", "qcow2-preallocated", [(KIB * 4, 16)], 1, "both"),
+    *(Row("unix", "qcow2-grown", "read", block, depth, 1, "one") for block, depth in _SOME),
+    *(Row("unix", "qcow2-growing", "write", block, depth, 1, "one") for block, depth in _SOME),
+    *(Row("unix", "qcow2-chain", "read", block, depth, 1, "one") for block, depth in _SOME),
 ]
 
 QUICK: list[Row] = [
@@ -106,6 +112,9 @@ QUICK: list[Row] = [
     *_rows("tcp", "tmpfs", [(KIB * 4, 16), (MIB, 4)], 1, "one"),
     Row("unix", "disk", "read", KIB * 4, 16, 1, "one"),
     *_rows("tls", "tmpfs", [(KIB * 4, 16), (KIB * 64, 16)], 1, "one"),
+    *_rows("unix", "qcow2-preallocated", [(KIB * 4, 16)], 1, "one"),
+    Row("unix", "qcow2-growing", "write", KIB * 4, 16, 1, "one"),
+    Row("unix", "qcow2-chain", "read", KIB * 4, 16, 1, "one"),
 ]
 
 COPIES: list[CopyRow] = [
@@ -148,7 +157,7 @@ def in_words(name: str, *, short: bool = False) -> str:
         words = f"{size} {rw}, depth {depth[1:]}, {_connections(connections)}, {cores} core"
         words += "s" if cores == "both" else ""
     where = where.replace("/", ", ").replace("unix", "Unix").replace("tcp", "TCP")
-    where = where.replace("tls", "TLS")
+    where = where.replace("tls", "TLS").replace("qcow2-", "qcow2 ")
     return words if short else f"{where}: {words}"
 
 

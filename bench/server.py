@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
-from bench import clients, idle, latency, machine, pki, report, table
+from bench import clients, idle, images, latency, machine, pki, report, table
 from bench.book import Book
 from bench.contestants import (
     CONTESTANTS,
@@ -71,18 +71,23 @@ class Field:
             parent.mkdir(parents=True, exist_ok=True)
             path = Path(tempfile.mkdtemp(prefix="nbdlink-bench-", dir=parent)) / "image"
             self.undo.callback(shutil.rmtree, path.parent, ignore_errors=True)
-            with path.open("wb") as file:
-                for _ in range(self.size // MIB * (BIG if place.startswith("big") else 1)):
-                    file.write(os.urandom(MIB))
-                file.flush()
-                os.fsync(file.fileno())
+            images.make_raw(path, self.size * (BIG if place.startswith("big") else 1))
             self._images[place] = path
         return self._images[place]
+
+    def qcow2(self, kind: str, contestant: Contestant) -> Path:
+        """Give a server's qcow2 image: each has its own, as whoever serves one keeps it locked."""
+        source = self.image("tmpfs")
+        path = source.with_name(f"{contestant.name.replace(' ', '')}-{kind}.qcow2")
+        if kind == "growing" or not path.exists():
+            images.make_qcow2(path, kind, source)
+        return path
 
     def server(self, contestant: Contestant, transport: str, place: str) -> Server | None:
         """Give a running server; it stays up until those of another place are asked for."""
         key = (contestant.name, transport, place)
-        if any(other[1:] != key[1:] for other in self._servers):
+        # What has grown will not grow again: that server gets a new image.
+        if place == "qcow2-growing" or any(other[1:] != key[1:] for other in self._servers):
             self.stop_servers()
         if key not in self._servers and contestant.name not in self.failed:
             try:
@@ -96,10 +101,18 @@ class Field:
         socket = self.folder / f"{contestant.name.replace(' ', '')}.sock"
         address = str(socket) if transport == "unix" else ("127.0.0.1", free_port())
         credentials = self.credentials if transport == "tls" else None
+        if kind := place.partition("qcow2-")[2]:
+            image = self.qcow2(kind, contestant)
+            return Post(image, transport, self.folder, address, credentials, "qcow2")
         return Post(self.image(place), transport, self.folder, address, credentials)
 
-    def taking_part(self, transport: str) -> dict[str, Contestant]:
-        return {each.name: each for each in self.contestants if each.has_tls or transport != "tls"}
+    def taking_part(self, transport: str, place: str = "tmpfs") -> dict[str, Contestant]:
+        return {
+            each.name: each
+            for each in self.contestants
+            if (each.has_tls or transport != "tls")
+            and (each.has_qcow2 or not place.startswith("qcow2-"))
+        }
 
     def stop_servers(self) -> None:
         while self._servers:
@@ -122,7 +135,7 @@ def measure_row(place: Field, row: Row, rounds: int, seconds: float, result: Res
         pin(server.pid, cores)
         return clients.fio(row, server, seconds, cores, place.folder)
 
-    in_turn(place.taking_part(row.transport), rounds, result, once)
+    in_turn(place.taking_part(row.transport, row.place), rounds, result, once)
 
 
 def measure_copy(place: Field, row: CopyRow, rounds: int, result: Result) -> None:
@@ -242,6 +255,9 @@ def main() -> int:
     copies = [row for row in (QUICK_COPIES if arguments.quick else COPIES) if wanted(row.name)]
     if any(row.client == "copy" for row in copies) and not clients.can_copy(ROOT):
         copies = [row for row in copies if row.client != "copy"]
+    if not shutil.which("qemu-img"):
+        print("no qemu-img here: there are no rows with images", file=sys.stderr)
+        rows = [row for row in rows if not row.place.startswith("qcow2-")]
     contestants = choose(arguments)
     names = [contestant.name for contestant in contestants]
     if arguments.list:
