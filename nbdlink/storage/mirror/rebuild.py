@@ -55,7 +55,9 @@ class Rebuilder:
                 assert member is not None
                 region = member.copying = min(member.behind, default=None)
                 member.spoiled = False
+                member.users += 1
             try:
+                mirror.membership.settle()  # that it is rebuilt, before it is
                 if region is None:
                     self._finish(member)
                 else:
@@ -66,6 +68,7 @@ class Rebuilder:
             finally:
                 with mirror.lock:
                     member.copying = None
+                    mirror.membership.leave((member,))
 
     def _next(self) -> Member | None:
         return next((each for each in self._mirror.members if each.is_to_be_given), None)
@@ -139,7 +142,7 @@ class Rebuilder:
             if member.behind:
                 return  # a write has failed everywhere meanwhile
         try:
-            self._mirror.promote(member)
+            self._mirror.membership.promote(member)
         except OSError as error:
             self._drop(member, f"it cannot be recorded as good: {words(error)}")
 
@@ -148,12 +151,12 @@ class Rebuilder:
         with mirror.lock:
             last = not any(each.is_complete for each in mirror.members if each is not member)
             if not last:
-                mirror.drop(member, reason)
+                mirror.membership.drop(member, reason)
         if last:
             self._give_up(member, reason)
             return
         with contextlib.suppress(OSError):  # told in the log; whoever writes is told again
-            mirror.settle()
+            mirror.membership.settle()
 
     def _give_up(self, member: Member, reason: str) -> None:
         """Leave a member as it is: one that is good stays so, and is behind."""
@@ -163,10 +166,10 @@ class Rebuilder:
                 member.stuck = True
                 _log.error("%s cannot be made equal: %s", member.name, reason)
             else:
-                mirror.drop(member, reason)
+                mirror.membership.drop(member, reason)
             mirror.lock.notify_all()
         with contextlib.suppress(OSError):
-            mirror.settle()
+            mirror.membership.settle()
 
 
 def _same(one: memoryview, other: memoryview) -> bool:

@@ -46,8 +46,7 @@ import errno
 import functools
 import logging
 import threading
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -57,8 +56,10 @@ from nbdlink.protocol.constants import ALLOCATION_CONTEXT, DEPTH_CONTEXT
 from nbdlink.storage.base import Storage
 from nbdlink.storage.composite.together import Threads, one_by_one
 from nbdlink.storage.mirror.copies import Copies
+from nbdlink.storage.mirror.intent import Intent
 from nbdlink.storage.mirror.members import Member, choose, words
-from nbdlink.storage.mirror.places import device_identity, is_remote, owner
+from nbdlink.storage.mirror.membership import Membership, as_os_error
+from nbdlink.storage.mirror.places import device_identity, is_remote
 from nbdlink.storage.mirror.rebuild import Rebuilder
 from nbdlink.storage.mirror.record import Entry
 from nbdlink.storage.ranges import RangeLock
@@ -92,14 +93,14 @@ class Mirror(Storage):
             read_only: whether nothing may be written, the record included.
             idle: see `IDLE`.
         """
-        self._members = list(members)
-        self._copies = copies
         state = copies.state
         self.mirror = state.mirror
         self.size = state.size
         self.region = state.region
         self.read_only = read_only
         self.name = "mirror of " + ", ".join(each.name for each in members)
+        self.membership = Membership(members, copies, self.name)
+        self._intent = Intent(self.membership)
         storages = [each.storage for each in members if each.storage]
         self.minimum_block = max(each.minimum_block for each in storages)
         self.preferred_block = max(each.preferred_block for each in storages)
@@ -115,34 +116,41 @@ class Mirror(Storage):
         self._idle = idle
         self._ranges = RangeLock()
         self._threads = Threads("nbd-mirror")
-        # Whoever writes the record holds this one first; nobody waits for anything with `lock`.
-        self._recording = threading.Lock()
-        self.lock = threading.Condition(threading.Lock())
-        # Changed under `lock`.
-        self._version = self._recorded = 0
-        self._dirty = copies.regions
-        self._wanted: set[int] = set()
-        self._busy: dict[int, int] = {}
-        self._touched: dict[int, float] = {}
+        self._admitting = threading.Lock()
         self._closing = False
-        first = next(each for each in self._members if each.is_good)
-        for each in self._members:
-            if each.is_good and each is not first:
-                each.fall_behind(self._dirty)
-            elif each.takes_writes and not each.is_good:
-                each.fall_behind(self.all_regions())
-        if self._dirty and first is not None:
-            _log.warning(
-                "%s was not stopped properly: %d regions of %d bytes are made equal again",
-                self.name,
-                len(self._dirty),
-                self.region,
-            )
+        self._find_differences()
         self._rebuilder = Rebuilder(self)
         self._cleaner = threading.Thread(target=self._clean_now_and_then, daemon=True)
         if not read_only:
             self._rebuilder.start()
             self._cleaner.start()
+
+    def _find_differences(self) -> None:
+        """Note which members have to be given what at the start; see rules 8 and 11."""
+        dirty = self._intent.regions
+        first = next(each for each in self.members if each.is_good)
+        for each in self.members:
+            if each.is_good and each is not first:
+                each.fall_behind(dirty)
+            elif each.takes_writes and not each.is_good:
+                each.fall_behind(self.all_regions())
+        if any(each.behind for each in self.members if each.is_good):
+            _log.warning(
+                "%s was not stopped properly: %d regions of %d bytes are made equal again",
+                self.name,
+                len(dirty),
+                self.region,
+            )
+
+    @property
+    def members(self) -> list[Member]:
+        """The members; look at them with the lock."""
+        return self.membership.members
+
+    @property
+    def lock(self) -> threading.Condition:
+        """What guards them."""
+        return self.membership.lock
 
     def all_regions(self) -> range:
         """Give the numbers of all regions."""
@@ -154,7 +162,7 @@ class Mirror(Storage):
     @property
     def is_sparse(self) -> bool:
         """Whether a good member may have holes."""
-        return any(each.storage.is_sparse for each in self._members if each.storage)
+        return any(each.storage.is_sparse for each in self.members if each.storage)
 
     @is_sparse.setter
     def is_sparse(self, value: bool) -> None:
@@ -186,7 +194,7 @@ class Mirror(Storage):
         failed: dict[Member, Exception] = {}
         while True:
             with self.lock:
-                member = choose(self._members, {*but, *failed}, regions, offset)
+                member = choose(self.members, {*but, *failed}, regions, offset)
                 if member is None:
                     break
                 storage = member.storage
@@ -202,9 +210,9 @@ class Mirror(Storage):
             finally:
                 with self.lock:
                     member.in_flight -= 1
-                    self._leave((member,))
+                    self.membership.leave((member,))
         if failed:
-            raise _as_os_error(next(iter(failed.values())))
+            raise as_os_error(next(iter(failed.values())))
         raise OSError(errno.EIO, f"{self.name}: no other good member has it")
 
     def drop_failed(self, failed: dict[Member, Exception]) -> None:
@@ -213,17 +221,17 @@ class Mirror(Storage):
             return
         with self.lock:
             for member, error in failed.items():
-                if any(each.is_complete for each in self._members if each not in failed):
-                    self.drop(member, f"reading failed: {words(error)}")
+                if any(each.is_complete for each in self.members if each not in failed):
+                    self.membership.drop(member, f"reading failed: {words(error)}")
         with contextlib.suppress(OSError):  # told in the log; whoever writes is told again
-            self.settle()
+            self.membership.settle()
 
     def cache(self, offset: int, length: int) -> None:
         """Have the member read ahead that will be read."""
         if not length:
             return
         with self.lock:
-            member = choose(self._members, (), self._regions(offset, length), offset)
+            member = choose(self.members, (), self._regions(offset, length), offset)
         if member and member.storage:
             member.storage.cache(offset, length)
 
@@ -232,7 +240,7 @@ class Mirror(Storage):
         if not length:
             return
         with self.lock:
-            member = choose(self._members, (), self._regions(offset, length), 0)
+            member = choose(self.members, (), self._regions(offset, length), 0)
         done = 0
         if member and member.storage:
             try:
@@ -270,7 +278,7 @@ class Mirror(Storage):
         with self.lock:
             fast = all(
                 each.storage.can_fast_zero and each.storage.can_trim
-                for each in self._members
+                for each in self.members
                 if each.storage and each.takes_writes
             )
         if fast:
@@ -286,59 +294,19 @@ class Mirror(Storage):
                 self.flush()
             return
         regions = self._regions(offset, length)
-        with self._ranges.hold(offset, offset + length - 1, exclusive=True):
-            self._begin(regions)
-            try:
-                self._everywhere(do, regions, "writing", long=long)
-            finally:
-                self._end(regions)
+        with self.hold(offset, length), self._intent.writing(regions):
+            self._everywhere(do, regions, "writing", long=long)
 
     def hold(self, offset: int, length: int) -> contextlib.AbstractContextManager[None]:
         """Keep a range from being written to."""
         return self._ranges.hold(offset, offset + length - 1, exclusive=True)
 
-    def _begin(self, regions: Collection[int]) -> None:
-        """Have regions in the bitmap, and keep them there; see rule 8."""
-        with self.lock:
-            for each in regions:
-                self._busy[each] = self._busy.get(each, 0) + 1
-            missing = [each for each in regions if each not in self._dirty]
-            self._wanted.update(missing)
-        if missing:
-            try:
-                self._mark(missing)
-            except BaseException:
-                self._end(regions)
-                raise
-
-    def _end(self, regions: Collection[int]) -> None:
-        now = time.monotonic()
-        with self.lock:
-            for each in regions:
-                self._busy[each] -= 1
-                if not self._busy[each]:
-                    del self._busy[each]
-                self._touched[each] = now
-
-    def _mark(self, missing: Collection[int]) -> None:
-        with self._recording:
-            with self.lock:
-                if self._dirty.issuperset(missing):
-                    return  # somebody has done it for us
-                wanted = self._dirty | self._wanted
-            failed = self._copies.write_regions(wanted, durably=True)
-            if failed:
-                self._lose_copies(failed)
-                self._commit()
-            with self.lock:
-                self._dirty = wanted
-                self._wanted -= wanted
-
     def flush(self) -> None:
         """Flush all members."""
-        with self.lock:
-            dirty = set(self._dirty)
-        self._everywhere(lambda storage: storage.flush(), dirty, "flushing", long=True)
+        self._flush(self._intent.regions)
+
+    def _flush(self, regions: Collection[int]) -> None:
+        self._everywhere(lambda storage: storage.flush(), regions, "flushing", long=True)
 
     def _everywhere(
         self, do: Callable[[Storage], None], regions: Collection[int], what: str, *, long: bool
@@ -348,11 +316,8 @@ class Mirror(Storage):
         Raises:
             OSError: no complete member has done it, or a loss could not be recorded.
         """
-        with self.lock:
-            members = [each for each in self._members if each.takes_writes]
-            storages = [each.storage for each in members if each.storage]
-            for each in members:
-                each.users += 1
+        members = self.membership.enter()
+        storages = [each.storage for each in members if each.storage]
         jobs = [functools.partial(do, storage) for storage in storages]
         # Files in the page cache answer faster than a thread wakes up.
         quick = not long and not any(is_remote(each.name) for each in members)
@@ -360,130 +325,13 @@ class Mirror(Storage):
             failures = one_by_one(jobs) if quick else self._threads.all(jobs)
         finally:
             with self.lock:
-                self._leave(members)
+                self.membership.leave(members)
         failed = {
             member: failure for member, failure in zip(members, failures, strict=True) if failure
         }
         if failed:
-            self._judge(members, failed, regions, what)
-        self.settle()
-
-    def _leave(self, members: Iterable[Member]) -> None:
-        """Note that a request has ended in these members; the lock is held."""
-        for each in members:
-            each.users -= 1
-            if not each.users and each.entry.state == "stale":
-                self.lock.notify_all()  # somebody may want to open it anew
-
-    def _judge(
-        self,
-        members: Sequence[Member],
-        failed: dict[Member, Exception],
-        regions: Collection[int],
-        what: str,
-    ) -> None:
-        with self.lock:
-            succeeded = [each for each in members if each not in failed]
-            is_done = any(each.is_complete for each in succeeded)
-            for member, error in failed.items():
-                if is_done or not member.is_good:
-                    self.drop(member, f"{what} failed: {words(error)}")
-            if is_done:
-                return
-            last = next((each for each in self._members if each.is_complete), None)
-            for member in self._members:
-                if member is not last and member.takes_writes:
-                    member.fall_behind(regions)
-            self.lock.notify_all()
-            error = next(
-                (failed[each] for each in (last, *members) if each in failed),
-                OSError(errno.EIO, "the member that did it was dropped"),
-            )
-        # What was dropped has to be recorded nevertheless.
-        self.settle()
-        raise _as_os_error(error)
-
-    # Membership.
-
-    def drop(self, member: Member, reason: str) -> None:
-        """Make a member stale, in memory; the lock is held, and somebody is to `settle`."""
-        if member.entry.state == "stale":
-            return
-        was = member.entry.state
-        member.entry = member.entry.become("stale", reason)
-        member.behind = set()
-        self._version += 1
-        self.lock.notify_all()
-        left = sum(each.is_good for each in self._members)
-        if was == "good":
-            _log.error(
-                "%s is dropped from the mirror: %s; %d good %s left",
-                member.name,
-                reason,
-                left,
-                "member is" if left == 1 else "members are",
-            )
-        else:
-            _log.error("%s could not be rebuilt: %s", member.name, reason)
-
-    def settle(self) -> None:
-        """Have the record say what holds in memory before anything is acknowledged.
-
-        Raises:
-            OSError: EIO, it cannot be recorded.
-        """
-        if self._recorded == self._version:
-            return
-        with self._recording:
-            if self._recorded != self._version:
-                self._commit()
-
-    def _commit(self, promoted: Member | None = None) -> None:
-        """Record all members as they are, `promoted` as good; the recording lock is held.
-
-        Raises:
-            OSError: EIO, no good member's copy could be written.
-        """
-        if not self._copies.writable:
-            with self.lock:
-                self._recorded = self._version
-            return
-        while True:
-            with self.lock:
-                version = self._version
-                entries = [
-                    each.entry.become("good")
-                    if each is promoted and each.entry.state == "rebuilding"
-                    else each.entry
-                    for each in self._members
-                ]
-                regions = set(self._dirty)
-            failed = self._copies.write(self._copies.state.changed(entries), regions)
-            if failed:
-                self._lose_copies(failed, promoted)
-            with self.lock:
-                if version == self._version:
-                    self._recorded = version
-                    return
-
-    def _lose_copies(self, failed: set[str], promoted: Member | None = None) -> None:
-        """Drop members whose copy was not written; see rule 4.
-
-        Raises:
-            OSError: EIO, nobody complete would be left.
-        """
-        with self.lock:
-            losers = [
-                each
-                for each in self._members
-                if owner(each.entry) in failed and (each.is_good or each is promoted)
-            ]
-            if not any(each.is_complete for each in self._members if each not in losers):
-                raise OSError(errno.EIO, f"{self.name}: its record cannot be written")
-            for each in losers:
-                self.drop(each, "its copy of the record cannot be written")
-
-    # The bitmap.
+            self.membership.judge(members, failed, regions, what)
+        self.membership.settle()
 
     def _clean_now_and_then(self) -> None:
         while True:
@@ -502,28 +350,7 @@ class Mirror(Storage):
         Raises:
             OSError: they cannot be made durable.
         """
-        before = time.monotonic() - idle
-        with self.lock:
-            if any(each.behind for each in self._members if each.is_good):
-                return
-            quiet = {each for each in self._dirty if self._is_quiet(each, before)}
-        if not quiet:
-            return
-        self._everywhere(lambda storage: storage.flush(), set(quiet), "flushing", long=True)
-        with self._recording:
-            with self.lock:
-                if any(each.behind for each in self._members if each.is_good):
-                    return
-                # Whoever has begun since waits for us, or has ended after `before`.
-                quiet = {each for each in quiet if self._is_quiet(each, before)}
-                self._dirty = self._dirty - quiet
-                for each in quiet:
-                    self._touched.pop(each, None)
-                left = self._dirty | self._wanted
-            self._copies.write_regions(left, durably=False)
-
-    def _is_quiet(self, region: int, before: float) -> bool:
-        return region not in self._busy and self._touched.get(region, 0.0) <= before
+        self._intent.clean(idle, self._flush)
 
     # For `nbdlink mirror` and metrics.
 
@@ -532,7 +359,7 @@ class Mirror(Storage):
         with self.lock:
             total = len(self.all_regions())
             members = []
-            for each in self._members:
+            for each in self.members:
                 found: dict[str, Any] = {
                     "address": each.name,
                     "state": each.entry.state,
@@ -546,7 +373,7 @@ class Mirror(Storage):
         return {
             "mirror": self.mirror,
             "size": self.size,
-            "generation": self._copies.state.generation,
+            "generation": self.membership.copies.state.generation,
             "health": health(members),
             "members": members,
         }
@@ -555,10 +382,14 @@ class Mirror(Storage):
         """Begin to make a stale member good.
 
         Raises:
-            StorageError: it is none, or cannot be opened.
+            StorageError: it is no member, or cannot be opened.
         """
+        with self._admitting:
+            self._rebuild(address)
+
+    def _rebuild(self, address: str) -> None:
         with self.lock:
-            member = next((each for each in self._members if each.name == address), None)
+            member = next((each for each in self.members if each.name == address), None)
             if member is None:
                 raise StorageError(
                     f"{address} is no member of the mirror",
@@ -585,35 +416,19 @@ class Mirror(Storage):
         with self.lock:
             member.storage = storage
             entry = replace(member.entry, identity=identity(address, storage))
-            member.entry = entry.become("rebuilding", member.entry.reason)
             member.fall_behind(self.all_regions())
-            self._version += 1
-            self.lock.notify_all()
+            self.membership.change(member, entry.become("rebuilding", entry.reason))
         _log.warning("%s is being rebuilt", address)
         try:
-            self.settle()
+            self.membership.settle()
         except OSError as error:
             raise StorageError(f"{address} cannot be rebuilt: {words(error)}") from None
-
-    def promote(self, member: Member) -> None:
-        """Make a member good that has been given everything, and flushed; see rule 10.
-
-        Raises:
-            OSError: it cannot be recorded.
-        """
-        with self._recording:
-            self._commit(member)
-            with self.lock:
-                if member.entry.state == "rebuilding":
-                    member.entry = member.entry.become("good")
-                    _log.warning("%s is rebuilt, and good again", member.name)
-                self.lock.notify_all()
 
     def wait_until_built(self, told: Callable[[dict[str, Any]], None], seconds: float) -> None:
         """Wait until nothing is being rebuilt; `told` is given the status every so often."""
         while True:
             with self.lock:
-                if not any(each.is_to_be_given for each in self._members):
+                if not any(each.is_to_be_given for each in self.members):
                     return
                 self.lock.wait(seconds)
             told(self.status())
@@ -630,7 +445,7 @@ class Mirror(Storage):
         if not self.read_only:
             self._rebuilder.join()
             self._cleaner.join()
-        jobs = [each.storage.close for each in self._members if each.storage]
+        jobs = [each.storage.close for each in self.members if each.storage]
         failures: list[Exception | None] = []
         try:
             if not self.read_only:
@@ -639,7 +454,7 @@ class Mirror(Storage):
             failures.append(error)
         failures += self._threads.all(jobs)
         self._threads.close()
-        self._copies.close()
+        self.membership.copies.close()
         for failure in failures:
             if failure is not None:
                 raise failure
@@ -648,11 +463,6 @@ class Mirror(Storage):
     def is_closing(self) -> bool:
         """Whether it is to end."""
         return self._closing
-
-    @property
-    def members(self) -> list[Member]:
-        """The members; look at them with the lock."""
-        return self._members
 
     def _close(self, member: Member) -> None:
         """Close what a stale member was.
@@ -699,9 +509,3 @@ def identity(address: str, storage: Storage) -> str | None:
 def entry_of(address: str, format: str | None, keeps_copy: bool, storage: Storage) -> Entry:
     """Give what is recorded of a new member."""
     return Entry(address, format, identity(address, storage), keeps_copy).become("good")
-
-
-def _as_os_error(error: Exception) -> OSError:
-    if isinstance(error, OSError):
-        return error
-    return OSError(errno.EIO, words(error))

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -81,7 +82,7 @@ class Place:
 
     def _open(self, spec):
         storage = Faulty(open_storage(spec))
-        self.storages[os.path.basename(spec.path)] = storage
+        self.storages[Path(spec.path).name] = storage
         return storage
 
     def mirror(self, *names, settled=True, **options):
@@ -95,7 +96,7 @@ class Place:
 
     def states(self, mirror):
         """Give the state of every member, by its name."""
-        return {os.path.basename(m["address"]): m["state"] for m in mirror.status()["members"]}
+        return {Path(m["address"]).name: m["state"] for m in mirror.status()["members"]}
 
     def fail(self, name, what, code=errno.EIO):
         self.storages[name].failing[what] = code

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,7 @@ from .conftest import REGION, SIZE, Place
 
 def recorded(path):
     """Give the states that a copy tells, by the members' names."""
-    return {os.path.basename(m.address): m.state for m in peek(f"{path}.mirror").members}
+    return {Path(m.address).name: m.state for m in peek(f"{path}.mirror").members}
 
 
 @settings(max_examples=25)
@@ -182,7 +183,7 @@ def test_a_loss_that_cannot_be_recorded_fails_the_write(place, monkeypatch):
 def test_a_member_whose_copy_cannot_be_written_is_dropped(place, monkeypatch):
     mirror = place.mirror("a", "b")
     genuine = os.pwrite
-    inode = os.stat(f"{place.path('a')}.mirror").st_ino
+    inode = place.path("a.mirror").stat().st_ino
 
     def fail(fd, data, position):
         if os.fstat(fd).st_ino == inode:
