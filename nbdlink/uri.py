@@ -70,7 +70,7 @@ class Target:
                 "an empty target names no server", hint="say host, host:port/export or an NBD URI"
             )
         try:
-            if "://" in text or text.startswith(tuple(f"{scheme}:" for scheme in _SCHEMES[2:])):
+            if "://" in text or is_uri(text):
                 return _parse_uri(text)
             return _parse_short(text)
         except UnicodeDecodeError:
@@ -113,6 +113,13 @@ class Target:
         ]
         tail = "?" + "&".join(words) if words else ""
         return f"{scheme}://{authority}{path}{tail}"
+
+
+def is_uri(text: str) -> bool:
+    """Tell an NBD URI, be it right or wrong, from a path or another word."""
+    scheme, colon, rest = text.partition(":")
+    scheme = scheme.lower()
+    return bool(colon) and scheme in _SCHEMES and ("+" in scheme or rest.startswith("//"))
 
 
 def _parse_short(text: str) -> Target:

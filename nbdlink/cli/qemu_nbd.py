@@ -9,13 +9,21 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbdlink.errors import ConfigError, OptionError
+from nbdlink.uri import Target, is_uri
 from nbdlink.version import __version__
 
 if TYPE_CHECKING:
     from nbdlink.client.negotiate import Negotiation
+
+_OLD_NAME = re.compile(
+    r"nbd:(?:unix:(?P<socket>[^:]+)|(?P<host>[^:\[\]]+|\[[^\]]+\]):(?P<port>[0-9]{1,5}))"
+    r"(?::exportname=(?P<export>.*))?"
+)
+"""How exports were called before there were URIs: nbd:HOST:PORT, nbd:unix:PATH, ..."""
 
 _SOCKET = "/var/lock/qemu-nbd-{}"
 """Where qemu-nbd listens for a device, if nothing else is said."""
@@ -31,7 +39,7 @@ _SWITCHES = ("read_only", "snapshot", "nocache", "allocation_depth", "image_opts
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     """Fill the parser of `qemu-nbd`."""
     add = parser.add_argument
-    add("filename", metavar="FILE|DEV", nargs="?", help="an image, or with -d a device")
+    add("filename", metavar="FILE|DEV", nargs="?", help="an image or a URI, or with -d a device")
     add("-V", "--version", action=_Version, nargs=0, help="print the version")
     add("-p", "--port", metavar="PORT", help="TCP port (10809)")
     add("-b", "--bind", metavar="ADDRESS", help="listen on, or with -L ask, this address (0.0.0.0)")
@@ -133,11 +141,19 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
 
 
 def _path(filename: str) -> str:
-    """Give the path of an image, in a way that it cannot be taken for something else.
+    """Give the path of an image, in a way that it cannot be taken for something else, or a URI.
 
     Raises:
-        ConfigError: it names something that is no file.
+        ConfigError: it names something that is neither a file nor an export.
     """
+    if is_uri(filename):
+        return filename
+    if old := _OLD_NAME.fullmatch(filename):
+        host, port = old["host"], old["port"]
+        target = Target(host=host and host.strip("[]"), socket=old["socket"])
+        if port:
+            target = replace(target, port=int(port))
+        return str(replace(target, export=old["export"] or ""))
     protocol = re.match(r"([^/:]*):", filename)
     if protocol and protocol[1] == "file":
         filename = filename.removeprefix("file:")
@@ -155,12 +171,10 @@ def _path(filename: str) -> str:
 
 def _list(arguments: argparse.Namespace) -> int:
     """Tell what another server exports, in qemu-nbd's form."""
-    from nbdlink.cli.objects import apply_objects
+    from nbdlink.cli.objects import client_tls
     from nbdlink.cli.output import printable
     from nbdlink.client.negotiate import Negotiation
-    from nbdlink.client.security import Security, TLSOptions
-    from nbdlink.transport.tlsfiles import CredentialFiles
-    from nbdlink.uri import Target
+    from nbdlink.client.security import Security
 
     said = ("export_name", "offset", "format", "connect", "load_snapshot", "cache", "aio")
     if arguments.filename is not None or arguments.disconnect or arguments.bitmap:
@@ -168,26 +182,11 @@ def _list(arguments: argparse.Namespace) -> int:
     for name in said:
         if getattr(arguments, name) is not None:
             raise ConfigError(f"--list goes without --{name.replace('_', '-')}")
-    arguments.tls = arguments.tls_certificates = arguments.tls_psk = None
-    arguments.tls_passphrase = arguments.tls_username = None
-    arguments.tls_no_verify_peer = False
-    arguments.tls_authz = []
-    apply_objects(arguments, "client")
     if arguments.socket is not None:
         target = Target(socket=arguments.socket)
     else:
         target = Target(host=arguments.bind or "127.0.0.1", port=int(arguments.port or 10809))
-    options = TLSOptions(
-        policy=arguments.tls,
-        files=CredentialFiles(
-            directory=arguments.tls_certificates,
-            psk=arguments.tls_psk,
-            passphrase=arguments.tls_passphrase,
-            username=arguments.tls_username,
-        ),
-        hostname=arguments.tls_hostname,
-        verify_peer=not arguments.tls_no_verify_peer,
-    )
+    options = client_tls(arguments.object, arguments.tls_creds, arguments.tls_hostname)
     with Negotiation.best(target, security=Security(target, options)) as negotiation:
         exports = negotiation.list_exports()
         print(f"exports available: {len(exports)}")

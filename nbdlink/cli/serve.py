@@ -16,7 +16,7 @@ from nbdlink.cli.storage import add_storage_arguments, further_contexts, storage
 from nbdlink.cli.tls import add_server_arguments, server_security
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.sizes import format_size, parse_seconds
-from nbdlink.uri import DEFAULT_PORT
+from nbdlink.uri import DEFAULT_PORT, Target, is_uri
 
 if TYPE_CHECKING:
     from nbdlink.server import Catalogue, Service
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     """Fill the parser of `serve`."""
     add = parser.add_argument
-    add("storage", metavar="[NAME=]STORAGE", nargs="+", help="an image or a block device")
+    add(
+        "storage",
+        metavar="[NAME=]STORAGE",
+        nargs="+",
+        help="an image, a block device, or the URI of another server's export",
+    )
     add("-p", "--port", metavar="PORT", type=int, help=f"TCP port ({DEFAULT_PORT}; 0: any)")
     add(
         "-b",
@@ -328,12 +333,14 @@ def _clients(arguments: argparse.Namespace) -> dict[str | None, list[str]]:
 
 
 def _split(word: str, several: bool) -> tuple[str, str]:
-    """Tell NAME=STORAGE from a path; without a name, several are named after their files."""
+    """Tell NAME=STORAGE from a storage; without a name, several are named after their files."""
     name, equals, path = word.partition("=")
-    if equals and "/" not in name:
+    if equals and "/" not in name and not is_uri(name):
         if not path:
             raise ConfigError(f"{word!r} names no storage", hint="say NAME=PATH")
         return name, path
+    if is_uri(word):
+        return Target.parse(word).export if several else "", word
     return Path(word).name if several else "", word
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nbdlink.errors import ConfigError
 from nbdlink.sizes import parse_size
+from nbdlink.uri import Target, is_uri
 
 if TYPE_CHECKING:
+    from nbdlink.storage.chain import Wanted
     from nbdlink.storage.open import StorageSpec
 
 _CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -86,11 +89,12 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
 
     Args:
         arguments: the command line.
-        word: the operand that names it: a path, or with `--image-opts` options.
+        word: the operand that names it: a path or an NBD URI, or with `--image-opts` options.
 
     Raises:
         ConfigError: the options contradict each other.
     """
+    from nbdlink.cli.objects import client_tls
     from nbdlink.storage.imageopts import discard_mode, parse_image_options
     from nbdlink.storage.open import CACHE_MODES, Part, StorageSpec
 
@@ -115,15 +119,18 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
             raise ConfigError(
                 "--image-opts names the format itself", hint="say driver=FORMAT, and not --format"
             )
-        spec = parse_image_options(word, spec)
+        spec = parse_image_options(
+            word, spec, lambda name, host: client_tls(arguments.object, name, host)
+        )
     elif not word:
         raise ConfigError("an empty path names no storage")
+    elif is_uri(word):
+        target = Target.parse(word)
+        spec = replace(spec, path=str(target), target=target)
     part = Part(
         parse_size(arguments.offset), parse_size(arguments.size) if arguments.size else None
     )
     if part != Part():
-        from dataclasses import replace
-
         spec = replace(spec, parts=(*spec.parts, part))
     spec.check()
     return spec
@@ -137,10 +144,11 @@ def further_contexts(arguments: argparse.Namespace) -> tuple[str, ...]:
     return depth + tuple(BITMAP_CONTEXT + name for name in dict.fromkeys(arguments.bitmap))
 
 
-def _snapshot(word: str | None) -> str | None:
-    """Give id or name of a snapshot; QEMU's longer way to say it may name both."""
+def _snapshot(word: str | None) -> Wanted | None:
+    """Give id or name of a snapshot, or exactly what QEMU's longer way to say it names."""
     if word is None or not word.startswith(("snapshot.id=", "snapshot.name=")):
         return word
+    from nbdlink.storage.chain import Exactly
     from nbdlink.storage.imageopts import split_options
 
     found: dict[str, str] = {}
@@ -151,4 +159,4 @@ def _snapshot(word: str | None) -> str | None:
                 hint="say snapshot.id=ID,snapshot.name=NAME, or just the one or the other",
             )
         found[key] = value
-    return found.get("snapshot.id") or found["snapshot.name"]
+    return Exactly(found.get("snapshot.id"), found.get("snapshot.name"))

@@ -16,6 +16,7 @@ from nbdlink.client.pipeline import Pending, Pipeline
 from nbdlink.client.security import Security
 from nbdlink.errors import LocalProtocolError, NBDError
 from nbdlink.protocol.chunks import Extent, pack_status_filter
+from nbdlink.protocol.claim import Claim
 from nbdlink.protocol.constants import (
     ALLOCATION_CONTEXT,
     Command,
@@ -72,11 +73,17 @@ class Connection:
         export: what the server said of the export.
     """
 
-    def __init__(self, target: Target, sock: Wire, export: NegotiatedExport) -> None:
-        """Take over a socket in transmission."""
+    def __init__(
+        self,
+        target: Target,
+        sock: Wire,
+        export: NegotiatedExport,
+        request_timeout: float | None = None,
+    ) -> None:
+        """Take over a socket in transmission; for the timeout see `connect`."""
         self.target = target
         self.export = export
-        self._pipeline = Pipeline(sock, export.style, target.address)
+        self._pipeline = Pipeline(sock, export.style, target.address, request_timeout)
         self._rules = export.rules
         self._wide = export.style == HeaderStyle.EXTENDED
 
@@ -458,6 +465,8 @@ def connect(
     contexts: Sequence[str] = (ALLOCATION_CONTEXT,),
     style: HeaderStyle = HeaderStyle.EXTENDED,
     security: Security | None = None,
+    request_timeout: float | None = None,
+    claim: Claim | None = None,
 ) -> Connection:
     """Connect to an export, to be used in a `with` block.
 
@@ -467,6 +476,10 @@ def connect(
         contexts: the metadata contexts to select, if the export has them.
         style: the richest headers to ask for; servers that do not know them get simpler ones.
         security: what is demanded of TLS; None for what the target says.
+        request_timeout: seconds that a request may take, unless who waits for it says otherwise;
+            then the connection is dead. None for ever.
+        claim: whose successor the connection is, for servers that understand; they also tell
+            what the export's data is known by (`NegotiatedExport.testimony`).
 
     Raises:
         ConfigError: the target makes no sense.
@@ -475,6 +488,6 @@ def connect(
     """
     place = Target.parse(target) if isinstance(target, str) else target
     sock, export = negotiate_best(
-        place, timeout=timeout, contexts=contexts, style=style, security=security
+        place, timeout=timeout, contexts=contexts, style=style, security=security, claim=claim
     )
-    return Connection(place, sock, export)
+    return Connection(place, sock, export, request_timeout)

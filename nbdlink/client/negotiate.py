@@ -553,6 +553,7 @@ def negotiate_best(
     contexts: Sequence[str] = (ALLOCATION_CONTEXT,),
     style: HeaderStyle = HeaderStyle.EXTENDED,
     security: Security | None = None,
+    claim: Claim | None = None,
 ) -> tuple[Wire, NegotiatedExport]:
     """Connect to `target`'s export with all that server and client both understand.
 
@@ -562,6 +563,7 @@ def negotiate_best(
         contexts: the metadata contexts to select, if the export has them.
         style: the richest headers to ask for.
         security: what is demanded of TLS; None for what the target says.
+        claim: which channel of what the connection will be, for servers that understand.
 
     Returns:
         The connected, blocking socket, which the caller owns, and what the server said.
@@ -576,11 +578,15 @@ def negotiate_best(
         try:
             if negotiation.style != HeaderStyle.SIMPLE and contexts:
                 negotiation.set_meta_contexts(contexts)
+            testimony = NO_TESTIMONY
+            if claim is not None and negotiation.style != HeaderStyle.SIMPLE:
+                testimony = negotiation.claim(claim)
         except (TransportError, RemoteProtocolError) as error:
             failure = error
         else:
             export = negotiation.go()
-            return _released(negotiation.detach_socket()), export
+            wire = _released(negotiation.detach_socket())
+            return wire, replace(export, testimony=testimony)
     # As in `Negotiation.best`. If it was something else, the second attempt will say so.
     with contextlib.suppress(TimeoutError):
         wire, export = negotiate(target, timeout=deadline.left(), security=security)

@@ -83,14 +83,15 @@ class Pending(Awaited):
         """Wait for the reply.
 
         Args:
-            timeout: seconds, or None for ever. A request that timed out is still on its way.
+            timeout: seconds, or None for as long as the pipeline allows. A request that timed
+                out is still on its way.
 
         Raises:
             RequestError: the server refused the request; the connection lives on.
             TransportError, RemoteProtocolError: the connection is dead.
         """
         if not self.done:
-            self._pipeline.wait(self, Deadline(timeout))
+            self._pipeline.wait(self, timeout)
         if self.error:
             raise self._refused()
 
@@ -117,9 +118,20 @@ class Pipeline:
         address: the server, for messages.
     """
 
-    def __init__(self, sock: Wire, style: HeaderStyle, address: str) -> None:
-        """Take over a socket whose handshake agreed on `style`."""
+    def __init__(
+        self, sock: Wire, style: HeaderStyle, address: str, timeout: float | None = None
+    ) -> None:
+        """Take over a socket whose handshake agreed on `style`.
+
+        Args:
+            sock: the socket.
+            style: how requests and replies look.
+            address: see the attribute.
+            timeout: seconds that whoever waits for a request, and says no time himself, gives
+                the server; then the connection counts as dead. None is for ever.
+        """
         self.address = address
+        self._timeout = timeout
         self._socket = sock
         # Has a say of its own in what is ready: it may hold what the socket has no more.
         self._tls = None if isinstance(sock, socket.socket) else sock
@@ -193,13 +205,14 @@ class Pipeline:
                 if self._queue and not self._held and not self._driven and not self._dead:
                     self._send_queued()
 
-    def wait(self, request: Pending, deadline: Deadline) -> None:
-        """Wait until `request` is done.
+    def wait(self, request: Pending, timeout: float | None = None) -> None:
+        """Wait until `request` is done; see `Pending.wait`.
 
         Raises:
             TransportError: it took too long, or the connection is dead.
             RemoteProtocolError: the connection is dead.
         """
+        deadline = Deadline(self._timeout if timeout is None else timeout)
         with self._turn:
             while not request.done:
                 if self._dead:
@@ -207,9 +220,12 @@ class Pipeline:
                 try:
                     left = deadline.left()
                 except TimeoutError:
-                    raise TransportError(
+                    error = TransportError(
                         f"{self.address}: no reply within {deadline.seconds:g} seconds"
-                    ) from None
+                    )
+                    if timeout is None:
+                        self._fail(error)
+                    raise error from None
                 if self._driven:
                     self._turn.wait(left)
                     continue
@@ -231,7 +247,6 @@ class Pipeline:
                     self._socket.send(RequestHeader(Command.DISC, 0).pack(self._style))
             self._fail(TransportError(f"{self.address}: the connection was closed"))
             while self._driven:
-                os.eventfd_write(self._wake, 1)
                 self._turn.wait()
             if self._socket.fileno() >= 0:  # another thread may have closed it meanwhile
                 self._socket.close()
@@ -339,6 +354,8 @@ class Pipeline:
         self._dead = self._dead or error
         self._queue.clear()
         self._turn.notify_all()
+        if self._driven:
+            os.eventfd_write(self._wake, 1)  # the driver may have longer to wait
 
 
 def wait_for_any(*requests: Pending) -> None:

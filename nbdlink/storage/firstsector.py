@@ -15,11 +15,15 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from nbdlink.storage.base import PlainFile
 from nbdlink.storage.layer import Layer
 from nbdlink.storage.probe import RAW, SECTOR, format_of
 from nbdlink.storage.raw import RawStorage
+
+if TYPE_CHECKING:
+    from nbdlink.storage.remote import RemoteStorage
 
 
 class FirstSector(Layer):
@@ -28,8 +32,8 @@ class FirstSector(Layer):
     Requests that do not touch that sector are none of its business, and as fast as ever.
     """
 
-    def __init__(self, below: RawStorage) -> None:
-        """Watch over the first sector of a file."""
+    def __init__(self, below: RawStorage | RemoteStorage) -> None:
+        """Watch over the first sector of a file, or of an export."""
         super().__init__(below)
         self._file = below
         # How much of the sector can be reached.

@@ -3,7 +3,7 @@
 The layers, from the file up; each is there only if it has something to do:
 
     file            `RawStorage`, or `DirectStorage` without the page cache; a raw image is no more
-                    than that, and a window of it belongs to it
+                    than that, and a window of it belongs to it. Or `RemoteStorage`, an export
     first sector    keeps an image that was found to be raw from becoming something else
     format          qcow2, or one that can only be read
     overlay         writes go to a temporary file
@@ -23,8 +23,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from nbdlink.client.security import NO_OPTIONS, TLSOptions
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.storage.base import Storage
+from nbdlink.storage.chain import NO_CHAIN, Chain, Wanted
 from nbdlink.storage.direct import (
     DirectFile,
     DirectStorage,
@@ -39,9 +41,10 @@ from nbdlink.storage.layer import Layer
 from nbdlink.storage.locks import Use, lock
 from nbdlink.storage.overlay import Overlay
 from nbdlink.storage.policy import DetectZeroes, Policy
-from nbdlink.storage.probe import KNOWN, RAW, SECTOR, probe
+from nbdlink.storage.probe import KNOWN, RAW, SECTOR, format_of, probe
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
+from nbdlink.uri import Target
 
 _log = logging.getLogger("nbdlink.storage")
 
@@ -97,18 +100,21 @@ class StorageSpec:
     """What is to be opened, and how.
 
     Attributes:
-        path: of a file or a block device.
+        path: of a file or a block device, or for messages the target's URI.
         format: one of `SERVED`, or None to find out.
         parts: windows of it, from the lowest to the highest.
         read_only: whether to open it for reading only.
         overlay: whether writes go to a temporary file.
-        snapshot: an internal snapshot by id or name, to be read only; or None.
+        snapshot: an internal snapshot, to be read only; or None.
+        chain: what is said of a qcow2 image's data file and of what lies behind it.
         cache: how writes come to the disk.
         aio: which way requests take to the kernel, in qemu-nbd's words.
         discard: whether space is given back.
         detect_zeroes: whether writes of zeroes are looked for.
         locking: whether to take QEMU's locks, and to heed them.
         device: whether it has to be a block device (or must not be one); None for either.
+        target: an export of another server, which lies there instead of a file; or None.
+        tls: what is demanded of TLS on the way to it, beside what the target says.
     """
 
     path: str
@@ -116,13 +122,16 @@ class StorageSpec:
     parts: tuple[Part, ...] = ()
     read_only: bool = False
     overlay: bool = False
-    snapshot: str | None = None
+    snapshot: Wanted | None = None
+    chain: Chain = NO_CHAIN
     cache: Cache = CACHE_MODES["writeback"]
     aio: AioMode = "threads"
     discard: Discard = "unmap"
     detect_zeroes: DetectZeroes = "off"
     locking: bool = True
     device: bool | None = None
+    target: Target | None = None
+    tls: TLSOptions = NO_OPTIONS
 
     def check(self) -> None:
         """Look whether it makes sense, before anything is opened.
@@ -150,6 +159,8 @@ class StorageSpec:
             )
         if self.snapshot is not None and self.format not in (None, "qcow2"):
             raise ConfigError(f"{self.format} images have no internal snapshots")
+        if self.chain != NO_CHAIN and self.format != "qcow2":
+            raise ConfigError("backing and data-file are for qcow2 images", hint="say driver=qcow2")
 
 
 def open_storage(spec: StorageSpec) -> Storage:
@@ -160,6 +171,8 @@ def open_storage(spec: StorageSpec) -> Storage:
         StorageError: it cannot be opened, or not in this way.
     """
     spec.check()
+    if spec.target is not None:
+        return _open_remote(spec, spec.target)
     _check_kind(spec)
     kind = probe(spec.path) if spec.format is None else spec.format
     with contextlib.ExitStack() as undo:
@@ -167,16 +180,55 @@ def open_storage(spec: StorageSpec) -> Storage:
             storage, parts = _open_raw(spec), spec.parts[1:]
         else:
             storage, parts = _open_format(spec, kind), spec.parts
-        undo.callback(lambda: storage.close())
-        if spec.overlay:
-            storage = Overlay(storage)
-        for part in parts:
-            if part != Part():
-                storage = Window(storage, part.offset, part.size)
+        undo.callback(storage.close)
         if kind == "qcow2":
             # Its file sees to that, see `_open_qcow2`.
             spec = replace(spec, cache=spec.cache._replace(flushes=True))
-        storage = _with_policy(spec, storage)
+        storage = _layers(spec, storage, parts, undo)
+        undo.pop_all()
+        return storage
+
+
+def _layers(
+    spec: StorageSpec, storage: Storage, parts: tuple[Part, ...], undo: contextlib.ExitStack
+) -> Storage:
+    """Lay what was asked for on a storage; `undo` learns what has to be closed if that fails."""
+    if spec.overlay:
+        storage = Overlay(storage)
+        undo.callback(storage.close)
+    for part in parts:
+        if part != Part():
+            storage = Window(storage, part.offset, part.size)
+    return _with_policy(spec, storage)
+
+
+def _open_remote(spec: StorageSpec, target: Target) -> Storage:
+    from nbdlink.storage.remote import RemoteStorage
+    from nbdlink.storage.remotefile import RemoteFile
+
+    read_only = spec.read_only or spec.overlay or spec.snapshot is not None
+    with contextlib.ExitStack() as undo:
+        storage: Storage
+        storage = remote = RemoteStorage.open(target, read_only=read_only, tls=spec.tls)
+        undo.callback(remote.close)
+        kind = format_of(remote.head(SECTOR)) if spec.format is None else spec.format
+        if kind == "qcow2":
+            image = RemoteFile(remote, flushes=spec.cache.flushes)
+            storage = _open_qcow2(spec, read_only=read_only, within=image)
+            undo.callback(storage.close)
+            spec = replace(spec, cache=spec.cache._replace(flushes=True))
+        elif kind != RAW:
+            raise StorageError(
+                f"{spec.path}: {kind} images within an export cannot be served",
+                hint="-f raw serves the bytes of the export as they are",
+            )
+        elif spec.snapshot is not None:
+            raise _no_snapshots(spec)
+        elif spec.format is None and not read_only:
+            _warn_of_raw(spec)
+            storage = FirstSector(remote)
+            undo.callback(storage.close)
+        storage = _layers(spec, storage, spec.parts, undo)
         undo.pop_all()
         return storage
 
@@ -193,7 +245,7 @@ def _check_kind(spec: StorageSpec) -> None:
 
 def _open_raw(spec: StorageSpec) -> Storage:
     if spec.snapshot is not None:
-        raise StorageError(f"{spec.path} is a raw image, and these have no internal snapshots")
+        raise _no_snapshots(spec)
     part = spec.parts[0] if spec.parts else Part()
     read_only = spec.read_only or spec.overlay
     kind = DirectStorage if spec.cache.direct else RawStorage
@@ -206,12 +258,20 @@ def _open_raw(spec: StorageSpec) -> Storage:
     )
     if spec.format is not None or read_only or part.offset >= SECTOR:
         return raw
+    _warn_of_raw(spec)
+    return FirstSector(raw)
+
+
+def _no_snapshots(spec: StorageSpec) -> StorageError:
+    return StorageError(f"{spec.path} is a raw image, and these have no internal snapshots")
+
+
+def _warn_of_raw(spec: StorageSpec) -> None:
     _log.warning(
         "%s: no format was given, and it was found to be raw; what would make its first sector "
         "look like another format cannot be written. Say -f raw to do without that",
         spec.path,
     )
-    return FirstSector(raw)
 
 
 def _open_format(spec: StorageSpec, kind: str) -> Storage:
@@ -233,7 +293,7 @@ def _open_format(spec: StorageSpec, kind: str) -> Storage:
     return _open_foreign(spec, kind)
 
 
-def _open_qcow2(spec: StorageSpec, *, read_only: bool) -> Storage:
+def _open_qcow2(spec: StorageSpec, *, read_only: bool, within: ImageFile | None = None) -> Storage:
     from nbdlink.storage.qcow2 import Qcow2Storage
 
     direct, _, flushes = spec.cache
@@ -253,12 +313,22 @@ def _open_qcow2(spec: StorageSpec, *, read_only: bool) -> Storage:
             file.close()
             raise
 
+    def open_raw(path: Path) -> Storage:
+        kind = DirectStorage if direct else RawStorage
+        return kind.open(path, read_only=True, locking=spec.locking)
+
+    name = spec.path
+    if spec.target is not None:
+        name = f"{spec.target.address}/{spec.target.export}"  # a URI would not survive as a path
     storage = Qcow2Storage.open(
-        spec.path,
+        name,
         read_only=read_only,
         snapshot=spec.snapshot,
+        chain=spec.chain,
         discard=spec.discard == "unmap",
         open_file=open_file,
+        open_raw=open_raw,
+        within=within,
     )
     for warning in storage.warnings:
         _log.warning("%s", warning)

@@ -230,6 +230,10 @@ def test_its_defaults_are_qemu_nbds():
         ("a=b", {"storage": ["./a=b"]}),
         ("file:x", {"storage": ["./x"]}),
         ("/a:b", {"storage": ["/a:b"]}),
+        ("nbd://h:1/x?y", {"storage": ["nbd://h:1/x?y"]}),
+        ("nbd:h:10810", {"storage": ["nbd://h:10810"]}),
+        ("nbd:[::1]:10809:exportname=a", {"storage": ["nbd://[::1]/a"]}),
+        ("nbd:unix:/s:exportname=a:b", {"storage": ["nbd+unix:///a%3Ab?socket=/s"]}),
     ],
 )
 def test_each_option_becomes_one_of_serve(typed, understood):
@@ -245,7 +249,9 @@ def test_each_option_becomes_one_of_serve(typed, understood):
         ("-L -o 1M", "--list goes without --offset"),
         ("--tls-hostname h x", "--list only"),
         ("--selinux-label l x", "--selinux-label is not available"),
-        ("nbd://host", "nbd: is no file"),
+        ("ssh://host/x", "ssh: is no file"),
+        ("nbd:host", "nbd: is no file"),
+        ("nbd://h:x", "is not a port"),
         ("-k s -p 1 x", "--socket goes without"),
         ("--aio native -n -f raw x", "aio=native is not available"),
         ("--detect-zeroes unmap -f raw x", "discard=ignore forbids"),
