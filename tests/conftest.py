@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # would inherit that. Programs are given the handler's default again, as exec does.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def eventually() -> Callable[..., None]:
+    """Wait until something holds that no event tells of; fail if it never does."""
+
+    def wait(
+        condition: Callable[[], object], what: str = "it never came true", seconds: float = 20
+    ) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, what
+            time.sleep(0.005)
+
+    return wait
 
 
 # In CI everything is there that a test may need, so that a skip is a mistake.

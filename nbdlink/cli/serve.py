@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdlink.cli.devices import ServedDevice
+from nbdlink.cli.listening import listeners, parse_ports, pid_files
 from nbdlink.cli.objects import add_object_arguments, apply_objects
 from nbdlink.cli.storage import add_storage_arguments, further_contexts, storage_spec
 from nbdlink.cli.tls import add_server_arguments, server_security
@@ -31,7 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         nargs="+",
         help="an image, a block device, or the URI of another server's export",
     )
-    add("-p", "--port", metavar="PORT", type=int, help=f"TCP port ({DEFAULT_PORT}; 0: any)")
+    add(
+        "-p",
+        "--port",
+        metavar="PORT[-LAST]",
+        type=parse_ports,
+        help=f"TCP port, or the first free one of several ({DEFAULT_PORT}; 0: any)",
+    )
     add(
         "-b",
         "--bind",
@@ -71,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         help="processes besides this one that serve connections (by the processors)",
     )
     add("--fork", action="store_true", help="go to the background once clients can come")
-    add("--pid-file", metavar="PATH", help="a file for the process's number, while it serves")
+    add("--pid-file", metavar="PATH", help="a file for the process's number (by --signature)")
     add(
         "--remember-clients",
         metavar="FILE",
@@ -103,7 +109,6 @@ def run(arguments: argparse.Namespace) -> int:
     from nbdlink.cli.main import set_up_logging
     from nbdlink.server import Service
     from nbdlink.server.daemon import (
-        PidFile,
         fork_to_background,
         leave_terminal,
         log_to_syslog,
@@ -117,7 +122,6 @@ def run(arguments: argparse.Namespace) -> int:
         check_address(arguments.metrics)
     if arguments.shared < 0:
         raise ConfigError("the number of clients cannot be negative", hint="0 is any number")
-    _port(arguments)
     apply_objects(arguments, "server")
     set_up_logging(arguments.verbose)
     if arguments.trace:
@@ -133,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
             hint="leave them out, or unset LISTEN_FDS",
         )
     background = fork_to_background() if arguments.fork else None
-    pid_file = None if arguments.pid_file is None else PidFile(arguments.pid_file)
+    own_files = pid_files(arguments, _signatures(arguments).values())
     security = server_security(arguments)
     notices = Notices(arguments.remember_clients) if arguments.remember_clients else None
     catalogue = _catalogue(arguments)
@@ -142,7 +146,7 @@ def run(arguments: argparse.Namespace) -> int:
             undo.callback(storage.close)
         if device is not None:
             undo.push(device)
-        listeners = inherited or _listeners(arguments, device)
+        sockets = inherited or listeners(arguments, device)
         undo.pop_all()
 
     def detach() -> None:
@@ -152,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     service = Service(
         catalogue,
-        listeners,
+        sockets,
         once=arguments.once or (device is not None and not arguments.persistent),
         shared=arguments.shared,
         negotiation_timeout=arguments.negotiation_timeout,
@@ -169,8 +173,8 @@ def run(arguments: argparse.Namespace) -> int:
     def ready() -> None:
         if arguments.metrics is not None:  # in a thread, so after all forks
             metrics.enter_context(serve_metrics(arguments.metrics, service.metrics))
-        if pid_file is not None:
-            pid_file.publish()
+        for file in own_files:
+            file.publish()
         # Who has made the sockets knows where they are, and may want our stdout for itself:
         # `nbdinfo --json [ nbdlink serve disk.img ]`.
         if not inherited and arguments.announce:
@@ -189,8 +193,8 @@ def run(arguments: argparse.Namespace) -> int:
             with device:
                 return service.run(ready, before_stop=device.detach)
     finally:
-        if pid_file is not None:
-            pid_file.remove()
+        for file in own_files:
+            file.remove()
 
 
 def _print_uris(service: Service) -> None:
@@ -342,29 +346,3 @@ def _split(word: str, several: bool) -> tuple[str, str]:
     if is_uri(word):
         return Target.parse(word).export if several else "", word
     return Path(word).name if several else "", word
-
-
-def _port(arguments: argparse.Namespace) -> int:
-    port = DEFAULT_PORT if arguments.port is None else int(arguments.port)
-    if not 0 <= port < 65536:
-        raise ConfigError(f"{port} is not a port", hint="use 1 to 65535, or 0 for any")
-    return port
-
-
-def _listeners(arguments: argparse.Namespace, device: ServedDevice | None) -> list[socket.socket]:
-    from nbdlink.transport.stream import listen_tcp, listen_unix
-
-    port = _port(arguments)
-    with contextlib.ExitStack() as undo:
-        sockets = []
-        path = arguments.socket
-        if path is None and device is not None:
-            path = device.socket  # the first, for the device comes by it
-        if path is not None:
-            sockets.append(undo.enter_context(listen_unix(path)))
-        if path is None or arguments.port is not None or arguments.bind:
-            for address in arguments.bind or [None]:
-                for sock in listen_tcp(address, port):
-                    sockets.append(undo.enter_context(sock))
-        undo.pop_all()
-        return sockets

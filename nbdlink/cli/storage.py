@@ -82,6 +82,26 @@ def add_storage_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="offer the image's bitmap as qemu:dirty-bitmap:NAME; may be repeated",
     )
+    add(
+        "--block-size",
+        metavar="MIN[,PREFERRED[,MAX]]",
+        help="what clients' requests must be aligned to, should be, and how long they may be",
+    )
+    add(
+        "--write-behind",
+        action="store_true",
+        help="acknowledge writes before they are done; flushes wait for them",
+    )
+    add(
+        "--write-behind-memory",
+        metavar="SIZE",
+        help="how much is held for that (32M)",
+    )
+    add(
+        "--lock-ranges",
+        action="store_true",
+        help="do requests that overlap one after the other, over all connections",
+    )
 
 
 def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
@@ -95,6 +115,7 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
         ConfigError: the options contradict each other.
     """
     from nbdlink.cli.objects import client_tls
+    from nbdlink.storage.blocksize import BlockSizes
     from nbdlink.storage.imageopts import discard_mode, parse_image_options
     from nbdlink.storage.open import CACHE_MODES, Part, StorageSpec
 
@@ -113,6 +134,9 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
         aio=arguments.aio,
         discard=discard_mode(arguments.discard),
         detect_zeroes=arguments.detect_zeroes,
+        block_sizes=BlockSizes.parse(arguments.block_size) if arguments.block_size else None,
+        write_behind=_write_behind(arguments),
+        lock_ranges=arguments.lock_ranges,
     )
     if arguments.image_opts:
         if arguments.format is not None:
@@ -134,6 +158,20 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
         spec = replace(spec, parts=(*spec.parts, part))
     spec.check()
     return spec
+
+
+def _write_behind(arguments: argparse.Namespace) -> int | None:
+    """Give how many bytes may be acknowledged before they are written, or None for none."""
+    from nbdlink.storage.writebehind import DEFAULT_MEMORY
+
+    if not arguments.write_behind:
+        if arguments.write_behind_memory is not None:
+            raise ConfigError(
+                "--write-behind-memory is for --write-behind", hint="say that as well"
+            )
+        return None
+    memory = arguments.write_behind_memory
+    return DEFAULT_MEMORY if memory is None else parse_size(memory)
 
 
 def further_contexts(arguments: argparse.Namespace) -> tuple[str, ...]:

@@ -79,8 +79,13 @@ def attach(
     return attach_spec(replace(spec, wait=wait, tls=tls, tls_road=tls_road, paths=further))
 
 
-def attach_spec(spec: LinkSpec) -> kernel.Device:
-    """Bind an export as `spec` says; see `attach`."""
+def attach_spec(spec: LinkSpec, *, notice: int | None = None) -> kernel.Device:
+    """Bind an export as `spec` says; see `attach`.
+
+    Args:
+        spec: what to bind, and how.
+        notice: UDP port on which this process hears that a server is back, to be told to it.
+    """
     check(spec)
     spec, securities = secure(spec)
     index = kernel.index_of(spec.device, must_exist=False) if spec.device else None
@@ -93,18 +98,24 @@ def attach_spec(spec: LinkSpec) -> kernel.Device:
                 return existing
         for _ in range(_ATTEMPTS - 1):
             try:
-                return _bind(spec, securities, index)
+                return _bind(spec, securities, index, notice)
             except KernelError as error:
                 if error.errno != errno.EAGAIN:
                     raise
-        return _bind(spec, securities, index)
+        return _bind(spec, securities, index, notice)
 
 
-def _bind(spec: LinkSpec, securities: dict[Target, Security], index: int | None) -> kernel.Device:
+def _bind(
+    spec: LinkSpec,
+    securities: dict[Target, Security],
+    index: int | None,
+    notice: int | None,
+) -> kernel.Device:
     """Negotiate, and hand over to the kernel."""
     with contextlib.ExitStack() as stack:
         session = secrets.token_hex(16)
-        wires, routes, export = _negotiate_all(spec, securities, session, stack)
+        claim = Claim(session, 0, 0, notice)
+        wires, routes, export = _negotiate_all(spec, securities, claim, stack)
         _binding(spec, index, [wire.fileno() for wire in wires], export)  # before a relay starts
         name = spec.name or (f"nbd{index}" if index is not None else spec.target.address)
         channels = channel.prepare(wires, spec.tls_road, name, stack, timeout=spec.timeout)
@@ -254,7 +265,7 @@ def attached_records() -> list[tuple[record.Record, kernel.DeviceStatus]]:
 def _negotiate_all(
     spec: LinkSpec,
     securities: dict[Target, Security],
-    session: str,
+    claim: Claim,
     stack: contextlib.ExitStack,
 ) -> tuple[list[Wire], list[Target], NegotiatedExport]:
     """Negotiate every connection; the server must say the same on each.
@@ -274,7 +285,7 @@ def _negotiate_all(
                 route,
                 timeout=spec.negotiation_timeout,
                 security=securities[route],
-                claim=Claim(session, number, 0),
+                claim=replace(claim, channel=number),
             )
         except NBDError as error:
             if len(open_routes) == 1:

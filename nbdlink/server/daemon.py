@@ -118,13 +118,20 @@ class PidFile:
     is ready, and never before.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], hint: str = "stop it, or choose another path"
+    ) -> None:
         """Look whether `path` may become ours.
+
+        Args:
+            path: where the file is to be.
+            hint: what to do if a live server has it.
 
         Raises:
             DaemonError: a live server has it, something else lies there, or it cannot be made.
         """
         self.path = Path(path).absolute()  # a daemon changes its directory
+        self._hint = hint
         self._descriptor = -1
         stale = self._open_stale()
         if stale is not None:
@@ -227,9 +234,7 @@ class PidFile:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             who = f"process {content.decode()}" if content else "a server that starts just now"
-            raise DaemonError(
-                f"{self.path} belongs to {who}", hint="stop it, or choose another path"
-            ) from None
+            raise DaemonError(f"{self.path} belongs to {who}", hint=self._hint) from None
 
     def _not_a_pid_file(self) -> DaemonError:
         words = f"{self.path} exists and is not a pid file"

@@ -188,6 +188,9 @@ class Service:
     ) -> int:
         """Serve in the main thread until SIGTERM or SIGINT; give the exit status.
 
+        SIGHUP loads the credentials anew and renews connections (see `renew`); to a server without
+        TLS that was started in a terminal it says that the terminal is closed, and ends it.
+
         A second signal breaks off what the first lets finish. The status is 0 after a
         graceful end, and 1 if it was broken off or something could not be made durable.
 
@@ -205,8 +208,9 @@ class Service:
             (hangups if number == signal.SIGHUP else signals).append(number)
             os.write(self._finished, b"\0")
 
-        # Without TLS there is nothing to load anew, and a closed terminal ends the server.
-        numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if self._security else [])]
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if self._security or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+            numbers.append(signal.SIGHUP)
         finished, self._finished = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(finished, True)
         # The interpreter rings as well: it runs handlers in this thread only, and a signal that
@@ -221,12 +225,16 @@ class Service:
                 self.stop()
                 self.join()
                 raise
+            is_attended = self._security is None and _has_terminal()  # in the foreground
             # One read may be rung for by several at once: look at everything each time.
             while not self._done:
                 os.read(finished, 4096)
                 if hangups:
                     hangups.clear()
-                    self._reload()
+                    if is_attended:
+                        signals.append(signal.SIGHUP)
+                    else:
+                        self.renew()
                 if len(signals) > 1:
                     _log.warning("told to stop twice: breaking off")
                     self.abort()
@@ -245,6 +253,17 @@ class Service:
             if not self._thread.is_alive():
                 os.close(finished)
                 os.close(self._finished)
+
+    def renew(self) -> None:
+        """Load the credentials anew, and have clients connect again that can.
+
+        These are the ones that have asked to be told when the server is back, so that somebody
+        looks after them: they are let go once what they have asked for is answered.
+        """
+        if self._security is not None:
+            self._reload()
+        if count := self.sessions.renew():
+            _log.warning("%d connections are to be renewed", count)
 
     def _reload(self) -> None:
         """Load the credentials anew for those who come from now on; keep them if that fails."""
@@ -464,6 +483,7 @@ class Service:
             with contextlib.suppress(TimeoutError):
                 left = deadline.left() or 0.0
             refusal = self._fences.admit(session, export, claim, left)
+            session.is_supervised = claim.notice is not None
             if self._notices and refusal is None:
                 self._notices.arrived(session, claim)
             return refusal
@@ -542,3 +562,12 @@ class Service:
                         self.status = 1
         if in_use or self._aborting:
             self.status = 1
+
+
+def _has_terminal() -> bool:
+    """Tell whether this process has a terminal, whose end would be told by SIGHUP."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True

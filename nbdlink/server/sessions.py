@@ -119,6 +119,7 @@ class Session:
             begun may be done any more.
         superseded_elsewhere: tells that to another process, if that one serves the session.
         refused: whether it was hung up on in its handshake.
+        is_supervised: whether somebody will connect again if it is let go.
     """
 
     def __init__(self, number: int, sock: socket.socket) -> None:
@@ -140,6 +141,7 @@ class Session:
         self.superseded_elsewhere: Callable[[], None] | None = None
         self.is_deaf = False
         self.refused = False
+        self.is_supervised = False
         self._was_cut = False
         self.thread: threading.Thread | None = None
 
@@ -377,6 +379,20 @@ class Sessions:
             for session in self._active.values():
                 if session.phase is Phase.TRANSMISSION:
                     session.end()
+
+    def renew(self) -> int:
+        """Let those finish what has arrived, and go, who will connect again; give how many."""
+        with self._changed:
+            supervised = [
+                session
+                for session in self._active.values()
+                if session.phase is Phase.TRANSMISSION
+                and session.is_supervised
+                and not session.ending
+            ]
+            for session in supervised:
+                session.end()
+            return len(supervised)
 
     def cut(self, *phases: Phase) -> None:
         """Break every connection, or those in `phases`."""

@@ -9,6 +9,9 @@ The layers, from the file up; each is there only if it has something to do:
     overlay         writes go to a temporary file
     window          a part of what is below
     policy          durability, zeroes, and space that is given back
+    write behind    writes are acknowledged before they are done
+    locked ranges   what overlaps is done one after the other
+    block sizes     clients are asked for larger blocks
 
 Only a raw file and its policy leave the engine its fast roads (`Storage.plain_file`).
 """
@@ -26,6 +29,7 @@ from typing import Final, Literal, NamedTuple
 from nbdlink.client.security import NO_OPTIONS, TLSOptions
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.storage.base import Storage
+from nbdlink.storage.blocksize import BlockSized, BlockSizes
 from nbdlink.storage.chain import NO_CHAIN, Chain, Wanted
 from nbdlink.storage.direct import (
     DirectFile,
@@ -42,8 +46,10 @@ from nbdlink.storage.locks import Use, lock
 from nbdlink.storage.overlay import Overlay
 from nbdlink.storage.policy import DetectZeroes, Policy
 from nbdlink.storage.probe import KNOWN, RAW, SECTOR, format_of, probe
+from nbdlink.storage.rangelocks import LockedRanges
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
+from nbdlink.storage.writebehind import LEAST_MEMORY, WriteBehind
 from nbdlink.uri import Target
 
 _log = logging.getLogger("nbdlink.storage")
@@ -115,6 +121,10 @@ class StorageSpec:
         device: whether it has to be a block device (or must not be one); None for either.
         target: an export of another server, which lies there instead of a file; or None.
         tls: what is demanded of TLS on the way to it, beside what the target says.
+        write_behind: bytes of writes that may be acknowledged before they are done; None for
+            none.
+        lock_ranges: whether requests that overlap are done one after the other.
+        block_sizes: what clients are asked for; None for what the storage needs.
     """
 
     path: str
@@ -132,6 +142,9 @@ class StorageSpec:
     device: bool | None = None
     target: Target | None = None
     tls: TLSOptions = NO_OPTIONS
+    write_behind: int | None = None
+    lock_ranges: bool = False
+    block_sizes: BlockSizes | None = None
 
     def check(self) -> None:
         """Look whether it makes sense, before anything is opened.
@@ -157,6 +170,18 @@ class StorageSpec:
                 f"aio={self.aio} is not available: requests are done in threads here",
                 hint="leave --aio out",
             )
+        if self.write_behind is not None:
+            if self.cache.write_through:
+                raise ConfigError(
+                    "write-behind acknowledges before it writes, and writethrough and directsync "
+                    "only when all is durable",
+                    hint="say --cache none or writeback",
+                )
+            if self.write_behind < LEAST_MEMORY:
+                raise ConfigError(
+                    f"{self.write_behind} bytes are too few for write-behind",
+                    hint="give it 1M or more; the default is 32M",
+                )
         if self.snapshot is not None and self.format not in (None, "qcow2"):
             raise ConfigError(f"{self.format} images have no internal snapshots")
         if self.chain != NO_CHAIN and self.format != "qcow2":
@@ -184,12 +209,12 @@ def open_storage(spec: StorageSpec) -> Storage:
         if kind == "qcow2":
             # Its file sees to that, see `_open_qcow2`.
             spec = replace(spec, cache=spec.cache._replace(flushes=True))
-        storage = _layers(spec, storage, parts, undo)
+        storage = layered(spec, storage, parts, undo)
         undo.pop_all()
         return storage
 
 
-def _layers(
+def layered(
     spec: StorageSpec, storage: Storage, parts: tuple[Part, ...], undo: contextlib.ExitStack
 ) -> Storage:
     """Lay what was asked for on a storage; `undo` learns what has to be closed if that fails."""
@@ -199,7 +224,14 @@ def _layers(
     for part in parts:
         if part != Part():
             storage = Window(storage, part.offset, part.size)
-    return _with_policy(spec, storage)
+    storage = _with_policy(spec, storage)
+    if spec.write_behind is not None and not storage.read_only:
+        storage = WriteBehind(storage, spec.write_behind)
+    if spec.lock_ranges:
+        storage = LockedRanges(storage)
+    if spec.block_sizes is not None:
+        storage = BlockSized(storage, spec.block_sizes)
+    return storage
 
 
 def _open_remote(spec: StorageSpec, target: Target) -> Storage:
@@ -228,7 +260,7 @@ def _open_remote(spec: StorageSpec, target: Target) -> Storage:
             _warn_of_raw(spec)
             storage = FirstSector(remote)
             undo.callback(storage.close)
-        storage = _layers(spec, storage, spec.parts, undo)
+        storage = layered(spec, storage, spec.parts, undo)
         undo.pop_all()
         return storage
 

@@ -116,7 +116,7 @@ def test_a_daemon_finishes_what_its_clients_have_asked_for(fork, tmp_path, image
     ("words", "status", "says"),
     [
         (["/nonexistent"], 1, "/nonexistent cannot be opened"),
-        (["-p", "70000", "x"], 2, "70000 is not a port"),
+        (["-p", "70000", "x"], 2, "'70000' is not a port"),
         (["a", "b", "-x", "c"], 2, "for a single storage"),
     ],
 )

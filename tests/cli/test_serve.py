@@ -38,6 +38,12 @@ def image(tmp_path):
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_pid_files(tmp_path, monkeypatch):
+    """Keep the pid files that are named after signatures to each test."""
+    monkeypatch.setenv("NBDLINK_RUNTIME_DIRECTORY", str(tmp_path / "run"))
+
+
 def test_a_file_is_the_default_export_and_its_uri_is_printed(image):
     with serving("-p", 0, "-b", "127.0.0.1", image) as (_, (line,)):
         uri, rest = line.split(" is ")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -18,19 +17,6 @@ from .programs import Program
 @pytest.fixture
 def storage():
     return MemoryStorage()
-
-
-@pytest.fixture
-def eventually():
-    """Wait until something holds that no event tells of; fail if it never does."""
-
-    def wait(condition, what="it never came true", seconds=20):
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, what
-            time.sleep(0.005)
-
-    return wait
 
 
 @pytest.fixture

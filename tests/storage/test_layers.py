@@ -15,13 +15,16 @@ from hypothesis import given, settings
 
 from nbdlink.errors import StorageError
 from nbdlink.protocol.constants import DEPTH_CONTEXT
+from nbdlink.storage.blocksize import BlockSized, BlockSizes
 from nbdlink.storage.direct import DirectStorage
 from nbdlink.storage.firstsector import FirstSector
 from nbdlink.storage.overlay import Overlay
 from nbdlink.storage.policy import Policy
+from nbdlink.storage.rangelocks import LockedRanges
 from nbdlink.storage.ranges import RangeLock
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
+from nbdlink.storage.writebehind import WriteBehind
 
 from ..server.fakes import MemoryStorage
 from .arrays import SIZE, play, read, scripts, told, write
@@ -45,6 +48,8 @@ LAYERS = {
     ),
     "first sector": lambda path: FirstSector(RawStorage.open(path)),
     "direct": DirectStorage.open,
+    "write behind": lambda path: WriteBehind(RawStorage.open(path), 16 * K),
+    "locked ranges": lambda path: LockedRanges(RawStorage.open(path)),
 }
 
 
@@ -430,3 +435,80 @@ def test_a_range_is_waited_for():
         order.append("first")
     thread.join(30)
     assert order == ["first", "second"]
+
+
+def test_a_writer_that_waits_is_not_passed_by_new_readers(eventually):
+    lock, order = RangeLock(), []
+
+    def take(name, exclusive):
+        with lock.hold(0, 3, exclusive=exclusive):
+            order.append(name)
+
+    with lock.hold(0, 0, exclusive=False):
+        threads = []
+        for name, exclusive in (("writer", True), ("reader", False)):
+            threads.append(threading.Thread(target=take, args=(name, exclusive)))
+            threads[-1].start()
+            eventually(lambda: len(lock._asked) == len(threads) + 1)
+        assert order == []
+    for thread in threads:
+        thread.join(30)
+    assert order == ["writer", "reader"]
+
+
+def test_readers_of_a_range_do_not_wait_for_each_other():
+    lock = RangeLock()
+    with lock.hold(0, 3, exclusive=False):
+        thread = threading.Thread(target=lambda: lock.hold(0, 3, exclusive=False).__enter__())
+        thread.start()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+# Locked ranges.
+
+
+def test_a_write_that_overlaps_waits_for_the_one_that_is_under_way(eventually):
+    below = MemoryStorage()
+    below.gate.clear()
+    storage = LockedRanges(below)
+    threads = [
+        threading.Thread(target=write, args=(storage, letter * 8, at))
+        for letter, at in ((b"a", 0), (b"b", 4), (b"c", 100))
+    ]
+    threads[0].start()
+    assert below.entered.wait(30)
+    for thread in threads[1:]:
+        thread.start()
+    eventually(lambda: len(below.calls) == 2 and len(storage._ranges._asked) == 3)
+    assert [call[1] for call in below.calls] == [0, 100]
+    below.gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert below.data[:12] == b"aaaabbbbbbbb"
+
+
+def test_a_read_waits_for_the_write_of_its_range_and_no_other(eventually):
+    below = MemoryStorage()
+    below.gate.clear()
+    storage = LockedRanges(below)
+    writer = threading.Thread(target=write, args=(storage, b"a" * 8, 0))
+    writer.start()
+    assert below.entered.wait(30)
+    assert read(storage, 8, 8) == below.data[8:16]
+    found = []
+    reader = threading.Thread(target=lambda: found.append(read(storage, 4, 8)))
+    reader.start()
+    eventually(lambda: len(storage._ranges._asked) == 2)
+    below.gate.set()
+    reader.join(30)
+    writer.join(30)
+    assert found[0][:4] == b"aaaa"
+
+
+# Block sizes.
+
+
+def test_the_larger_of_two_minimum_block_sizes_counts():
+    assert BlockSized(MemoryStorage(minimum_block=4096), BlockSizes(512)).minimum_block == 4096
+    assert BlockSized(MemoryStorage(minimum_block=512), BlockSizes(4096)).minimum_block == 4096
