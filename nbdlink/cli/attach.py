@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdlink.cli.tls import add_client_arguments, client_options
@@ -68,8 +69,8 @@ def _add_detach(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_detach)
 
 
-def run_attach(arguments: argparse.Namespace) -> int:
-    """Attach and print the device."""
+def run_attach(arguments: argparse.Namespace, attached: Callable[[], None] = lambda: None) -> int:
+    """Attach and print the device; call `attached` before going on to supervise it."""
     from nbdlink.link.attach import attach_spec
 
     spec = _configured(arguments) if arguments.target is None else _asked_for(arguments)
@@ -95,6 +96,7 @@ def run_attach(arguments: argparse.Namespace) -> int:
         from nbdlink.link.config.files import Configuration, ConfiguredLink
 
         sys.stdout.flush()  # whoever waits for the device has it
+        attached()
         link = ConfiguredLink(spec, "the command line")
         load = partial(Configuration, {str(spec.name): link})
         supervise(load, [str(spec.name)], until_detached=True)

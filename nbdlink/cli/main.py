@@ -32,6 +32,8 @@ VERBS = {
     "copy": ("nbdlink.cli.copy", "copy images from and to exports"),
     "serve": ("nbdlink.cli.serve", "serve images, files and block devices"),
     "qemu-nbd": ("nbdlink.cli.qemu_nbd", "take the command line of qemu-nbd"),
+    "enbd-server": ("nbdlink.cli.enbd_server", "take the command line of enbd-server"),
+    "nbd-client": ("nbdlink.cli.nbd_client", "take the command line of nbd-client"),
     "setup": ("nbdlink.cli.setup", "install udev rules, units and manual pages"),
     "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
 }
@@ -110,7 +112,9 @@ def _parse(verb: str | None, words: list[str]) -> argparse.Namespace:
         each for each in parser._actions if isinstance(each, argparse._SubParsersAction)
     )
     sub: argparse.ArgumentParser = subparsers.choices[verb]
-    return sub.parse_intermixed_args(words[1:])
+    # Other programs' command lines have words that argparse takes for others.
+    prepare = getattr(import_module(VERBS[verb][0]), "prepare", list)
+    return sub.parse_intermixed_args(prepare(words[1:]))
 
 
 def _open_missing_streams() -> None:

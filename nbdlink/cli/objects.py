@@ -11,10 +11,13 @@ import binascii
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from nbdlink.errors import ConfigError
 from nbdlink.storage.imageopts import split_options
+
+if TYPE_CHECKING:
+    from nbdlink.client.security import TLSOptions
 
 Endpoint = Literal["server", "client"]
 
@@ -81,6 +84,44 @@ def apply_objects(arguments: argparse.Namespace, endpoint: Endpoint) -> None:
     # An id of an object, or as everywhere in nbdlink a name itself.
     known = getattr(arguments, "tls_authz", [])
     arguments.tls_authz = [objects.identities.get(each, each) for each in known]
+
+
+def client_tls(texts: list[str], name: str | None, hostname: str | None) -> TLSOptions:
+    """Give what a client demands of TLS.
+
+    Args:
+        texts: what `--object` was given.
+        name: the id of the credentials, or None for no TLS.
+        hostname: the name that the server's certificate must have, or None for the host's.
+
+    Raises:
+        ConfigError: an object is not understood, or is missing.
+    """
+    from nbdlink.client.security import TLSOptions
+    from nbdlink.transport.tlsfiles import CredentialFiles
+
+    arguments = argparse.Namespace(
+        object=texts,
+        tls_creds=name,
+        tls=None,
+        tls_certificates=None,
+        tls_psk=None,
+        tls_username=None,
+        tls_passphrase=None,
+        tls_no_verify_peer=False,
+    )
+    apply_objects(arguments, "client")
+    return TLSOptions(
+        policy=arguments.tls,
+        files=CredentialFiles(
+            directory=arguments.tls_certificates,
+            psk=arguments.tls_psk,
+            passphrase=arguments.tls_passphrase,
+            username=arguments.tls_username,
+        ),
+        hostname=hostname,
+        verify_peer=not arguments.tls_no_verify_peer,
+    )
 
 
 def _use(

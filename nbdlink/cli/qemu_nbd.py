@@ -171,11 +171,10 @@ def _path(filename: str) -> str:
 
 def _list(arguments: argparse.Namespace) -> int:
     """Tell what another server exports, in qemu-nbd's form."""
-    from nbdlink.cli.objects import apply_objects
+    from nbdlink.cli.objects import client_tls
     from nbdlink.cli.output import printable
     from nbdlink.client.negotiate import Negotiation
-    from nbdlink.client.security import Security, TLSOptions
-    from nbdlink.transport.tlsfiles import CredentialFiles
+    from nbdlink.client.security import Security
 
     said = ("export_name", "offset", "format", "connect", "load_snapshot", "cache", "aio")
     if arguments.filename is not None or arguments.disconnect or arguments.bitmap:
@@ -183,26 +182,11 @@ def _list(arguments: argparse.Namespace) -> int:
     for name in said:
         if getattr(arguments, name) is not None:
             raise ConfigError(f"--list goes without --{name.replace('_', '-')}")
-    arguments.tls = arguments.tls_certificates = arguments.tls_psk = None
-    arguments.tls_passphrase = arguments.tls_username = None
-    arguments.tls_no_verify_peer = False
-    arguments.tls_authz = []
-    apply_objects(arguments, "client")
     if arguments.socket is not None:
         target = Target(socket=arguments.socket)
     else:
         target = Target(host=arguments.bind or "127.0.0.1", port=int(arguments.port or 10809))
-    options = TLSOptions(
-        policy=arguments.tls,
-        files=CredentialFiles(
-            directory=arguments.tls_certificates,
-            psk=arguments.tls_psk,
-            passphrase=arguments.tls_passphrase,
-            username=arguments.tls_username,
-        ),
-        hostname=arguments.tls_hostname,
-        verify_peer=not arguments.tls_no_verify_peer,
-    )
+    options = client_tls(arguments.object, arguments.tls_creds, arguments.tls_hostname)
     with Negotiation.best(target, security=Security(target, options)) as negotiation:
         exports = negotiation.list_exports()
         print(f"exports available: {len(exports)}")

@@ -11,6 +11,7 @@ from nbdlink.sizes import parse_size
 from nbdlink.uri import Target, is_uri
 
 if TYPE_CHECKING:
+    from nbdlink.storage.chain import Wanted
     from nbdlink.storage.open import StorageSpec
 
 _CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -113,6 +114,7 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
     Raises:
         ConfigError: the options contradict each other.
     """
+    from nbdlink.cli.objects import client_tls
     from nbdlink.storage.blocksize import BlockSizes
     from nbdlink.storage.imageopts import discard_mode, parse_image_options
     from nbdlink.storage.open import CACHE_MODES, Part, StorageSpec
@@ -141,7 +143,9 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
             raise ConfigError(
                 "--image-opts names the format itself", hint="say driver=FORMAT, and not --format"
             )
-        spec = parse_image_options(word, spec)
+        spec = parse_image_options(
+            word, spec, lambda name, host: client_tls(arguments.object, name, host)
+        )
     elif not word:
         raise ConfigError("an empty path names no storage")
     elif is_uri(word):
@@ -178,10 +182,11 @@ def further_contexts(arguments: argparse.Namespace) -> tuple[str, ...]:
     return depth + tuple(BITMAP_CONTEXT + name for name in dict.fromkeys(arguments.bitmap))
 
 
-def _snapshot(word: str | None) -> str | None:
-    """Give id or name of a snapshot; QEMU's longer way to say it may name both."""
+def _snapshot(word: str | None) -> Wanted | None:
+    """Give id or name of a snapshot, or exactly what QEMU's longer way to say it names."""
     if word is None or not word.startswith(("snapshot.id=", "snapshot.name=")):
         return word
+    from nbdlink.storage.chain import Exactly
     from nbdlink.storage.imageopts import split_options
 
     found: dict[str, str] = {}
@@ -192,4 +197,4 @@ def _snapshot(word: str | None) -> str | None:
                 hint="say snapshot.id=ID,snapshot.name=NAME, or just the one or the other",
             )
         found[key] = value
-    return found.get("snapshot.id") or found["snapshot.name"]
+    return Exactly(found.get("snapshot.id"), found.get("snapshot.name"))

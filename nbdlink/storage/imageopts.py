@@ -7,19 +7,24 @@ bytes than they mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Final, Literal, TypeVar, Union
 
+from nbdlink.client.security import TLSOptions
 from nbdlink.errors import ConfigError
 from nbdlink.sizes import parse_size
+from nbdlink.storage.chain import NO_CHAIN, Backing, Chain
 from nbdlink.storage.open import AIO_MODES, DETECT_ZEROES, Part, StorageSpec
 from nbdlink.storage.probe import KNOWN
+from nbdlink.uri import DEFAULT_PORT, Target, is_uri
 
 _Tree = dict[str, Union[str, "_Tree"]]
 _T = TypeVar("_T", bound=str)
 
 _FILES: Final = ("file", "host_device")
-_DRIVERS: Final = (*_FILES, "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
+_DRIVERS: Final = (*_FILES, "nbd", "raw", "qcow2", "vmdk", "vdi", "vpc", "vhdx")
 _ON: Final = {"on": True, "yes": True, "true": True, "y": True}
 _OFF: Final = {"off": False, "no": False, "false": False, "n": False}
 _DISCARDS: Final[dict[str, Literal["ignore", "unmap"]]] = {
@@ -30,17 +35,30 @@ _DISCARDS: Final[dict[str, Literal["ignore", "unmap"]]] = {
 }
 
 
-def parse_image_options(text: str, spec: StorageSpec) -> StorageSpec:
+Credentials = Callable[[str | None, str | None], TLSOptions]
+"""Gives what a client demands of TLS, from the id of credentials and a server's name."""
+
+
+def _no_credentials(name: str | None, hostname: str | None) -> TLSOptions:
+    if name is not None:
+        raise ConfigError(f"tls-creds={name}: there are no credentials here")
+    return TLSOptions(hostname=hostname)
+
+
+def parse_image_options(
+    text: str, spec: StorageSpec, credentials: Credentials = _no_credentials
+) -> StorageSpec:
     """Read what `--image-opts` says, on top of what other options have said.
 
     Args:
         text: the options.
         spec: what else was said; its path, format and parts are not looked at.
+        credentials: finds the credentials that are named.
 
     Raises:
         ConfigError: it is not written as it should be, or says what is not understood.
     """
-    found = _node(_tree(text), "", spec)
+    found = _node(_tree(text), "", spec, credentials)
     return replace(found, parts=tuple(part for part in found.parts if part != Part()))
 
 
@@ -97,13 +115,15 @@ def _tree(text: str) -> _Tree:
     return tree
 
 
-def _node(tree: _Tree, prefix: str, spec: StorageSpec) -> StorageSpec:
+def _node(tree: _Tree, prefix: str, spec: StorageSpec, credentials: Credentials) -> StorageSpec:
     """Read one driver and what is below it."""
     tree = dict(tree)
     driver = _text(tree, prefix, "driver")
     if driver is not None and driver not in _DRIVERS:
         raise ConfigError(_refusal(driver, prefix), hint=f"there are {', '.join(_DRIVERS)}")
-    if driver in _FILES or "filename" in tree:
+    if driver == "nbd":
+        found = _export(tree, prefix, spec, credentials)
+    elif driver in _FILES or "filename" in tree:
         found = _file(tree, prefix, driver, spec)
     else:
         below = tree.pop("file", None)
@@ -112,7 +132,7 @@ def _node(tree: _Tree, prefix: str, spec: StorageSpec) -> StorageSpec:
                 f"{prefix}file.filename is missing",
                 hint="say driver=raw,file.filename=PATH, or driver=qcow2,file.filename=PATH",
             )
-        found = _node(below, f"{prefix}file.", spec)
+        found = _node(below, f"{prefix}file.", spec, credentials)
         if driver == "raw":
             part = Part(_size(tree, prefix, "offset") or 0, _size(tree, prefix, "size"))
             # What has no driver of its own is what lies below raw: a file.
@@ -121,9 +141,10 @@ def _node(tree: _Tree, prefix: str, spec: StorageSpec) -> StorageSpec:
             if found.parts or found.format not in (None, "raw"):
                 raise ConfigError(
                     f"{prefix}driver={driver or ''}: an image within an image cannot be served",
-                    hint="its file has to be driver=file or driver=host_device",
+                    hint="its file has to be driver=file, driver=host_device or driver=nbd",
                 )
-            found = replace(found, format=driver)
+            chain = _chain(tree, prefix) if driver in (None, "qcow2") else NO_CHAIN
+            found = replace(found, format=driver, chain=chain)
     found = _general(tree, prefix, found)
     for key, value in tree.items():
         name = f"{prefix}{key}" + ("" if isinstance(value, str) else ".*")
@@ -140,6 +161,9 @@ def _file(tree: _Tree, prefix: str, driver: str | None, spec: StorageSpec) -> St
     path = _text(tree, prefix, "filename")
     if not path:
         raise ConfigError(f"{prefix}filename is missing")
+    if driver is None and is_uri(path):
+        target = Target.parse(path)
+        return replace(spec, path=str(target), format=None, parts=(), target=target)
     aio = _choice(tree, prefix, "aio", AIO_MODES) or spec.aio
     locking = _text(tree, prefix, "locking")
     if locking not in (None, "auto"):
@@ -153,6 +177,89 @@ def _file(tree: _Tree, prefix: str, driver: str | None, spec: StorageSpec) -> St
         aio=aio,
         device=None if driver is None else driver == "host_device",
     )
+
+
+def _export(tree: _Tree, prefix: str, spec: StorageSpec, credentials: Credentials) -> StorageSpec:
+    """Read where an export is, in the words of QEMU's driver nbd, the older ones too."""
+    server = tree.pop("server", None)
+    if isinstance(server, str):
+        raise ConfigError(f"{prefix}server takes {prefix}server.type and the like")
+    name = f"{prefix}server." if server is not None else prefix
+    place = dict(server) if server is not None else tree
+    kind = _choice(place, name, "type", ("inet", "unix")) if server is not None else None
+    path, host, port = (_text(place, name, key) for key in ("path", "host", "port"))
+    if server:
+        for key in place:
+            raise ConfigError(f"{name}{key} is not known to the driver nbd")
+    kind = kind or ("inet" if path is None else "unix")
+    if kind == "unix":
+        if not path or host is not None or port is not None:
+            raise ConfigError(f"a Unix socket is named by {name}path, and nothing else")
+        target = Target(socket=path)
+    else:
+        if not host or path is not None:
+            raise ConfigError(f"a server is named by {name}host and {name}port")
+        if port is not None and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+            raise ConfigError(f"{name}port={port} is not a port", hint="use 1 to 65535")
+        target = Target(host=host.strip("[]"), port=DEFAULT_PORT if port is None else int(port))
+    target = replace(target, export=_text(tree, prefix, "export") or "")
+    named, hostname = _text(tree, prefix, "tls-creds"), _text(tree, prefix, "tls-hostname")
+    if hostname is not None and named is None:
+        raise ConfigError(f"{prefix}tls-hostname goes with {prefix}tls-creds only")
+    target = replace(target, tls=named is not None)
+    return replace(
+        spec,
+        path=str(target),
+        format=None if prefix else "raw",
+        parts=(),
+        target=target,
+        tls=credentials(named, hostname),
+    )
+
+
+def _chain(tree: _Tree, prefix: str) -> Chain:
+    """Take what is said of a qcow2 image's data file, and of what lies behind it."""
+    data = tree.pop("data-file", None)
+    data_file = None if data is None else _path_of(data, f"{prefix}data-file")
+    backing = tree.pop("backing", None)
+    if backing == "":
+        return Chain(data_file, has_backing=False)
+    if backing is None:
+        return Chain(data_file)
+    if isinstance(backing, str):
+        raise ConfigError(
+            f"{prefix}backing={backing}: nodes with names cannot be referred to",
+            hint=f"say {prefix}backing.file.filename=PATH, or {prefix}backing= for none",
+        )
+    place, name = dict(backing), f"{prefix}backing."
+    driver = _choice(place, name, "driver", ("raw", "qcow2"))
+    below = place.pop("file", None)
+    path = None if below is None else _path_of(below, f"{name}file")
+    chain = NO_CHAIN if driver == "raw" else _chain(place, name)
+    for key, value in place.items():
+        dots = "" if isinstance(value, str) else ".*"
+        raise ConfigError(f"{name}{key}{dots} is not understood")
+    return Chain(data_file, Backing(path, driver, chain))
+
+
+def _path_of(said: str | _Tree, prefix: str) -> Path:
+    """Give the path of a file behind an image: filename=, or file.filename= below raw."""
+    if isinstance(said, str):
+        raise ConfigError(f"{prefix} takes {prefix}.filename=PATH")
+    place, name = dict(said), f"{prefix}."
+    driver = _choice(place, name, "driver", (*_FILES, "raw"))
+    if driver == "raw" or "file" in place:
+        below = place.pop("file", {})
+        found = _path_of(below, f"{name}file")
+    else:
+        path = _text(place, name, "filename")
+        if not path:
+            raise ConfigError(f"{name}filename is missing")
+        found = Path(path.removeprefix("file:"))
+    for key, value in place.items():
+        dots = "" if isinstance(value, str) else ".*"
+        raise ConfigError(f"{name}{key}{dots} is not understood")
+    return found
 
 
 def _general(tree: _Tree, prefix: str, spec: StorageSpec) -> StorageSpec:
@@ -186,8 +293,6 @@ def _general(tree: _Tree, prefix: str, spec: StorageSpec) -> StorageSpec:
 
 
 def _refusal(driver: str, prefix: str) -> str:
-    if driver == "nbd":
-        return f"{prefix}driver=nbd: exports of other servers cannot be served on, yet"
     if driver in KNOWN:
         return f"{prefix}driver={driver}: such images cannot be served"
     return f"{prefix}driver={driver}: there is no such driver"

@@ -30,6 +30,7 @@ from nbdlink.client.security import NO_OPTIONS, TLSOptions
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.storage.base import Storage
 from nbdlink.storage.blocksize import BlockSized, BlockSizes
+from nbdlink.storage.chain import NO_CHAIN, Chain, Wanted
 from nbdlink.storage.direct import (
     DirectFile,
     DirectStorage,
@@ -110,19 +111,20 @@ class StorageSpec:
         parts: windows of it, from the lowest to the highest.
         read_only: whether to open it for reading only.
         overlay: whether writes go to a temporary file.
-        snapshot: an internal snapshot by id or name, to be read only; or None.
+        snapshot: an internal snapshot, to be read only; or None.
+        chain: what is said of a qcow2 image's data file and of what lies behind it.
         cache: how writes come to the disk.
         aio: which way requests take to the kernel, in qemu-nbd's words.
         discard: whether space is given back.
         detect_zeroes: whether writes of zeroes are looked for.
         locking: whether to take QEMU's locks, and to heed them.
         device: whether it has to be a block device (or must not be one); None for either.
+        target: an export of another server, which lies there instead of a file; or None.
+        tls: what is demanded of TLS on the way to it, beside what the target says.
         write_behind: bytes of writes that may be acknowledged before they are done; None for
             none.
         lock_ranges: whether requests that overlap are done one after the other.
         block_sizes: what clients are asked for; None for what the storage needs.
-        target: an export of another server, which lies there instead of a file; or None.
-        tls: what is demanded of TLS on the way to it, beside what the target says.
     """
 
     path: str
@@ -130,18 +132,19 @@ class StorageSpec:
     parts: tuple[Part, ...] = ()
     read_only: bool = False
     overlay: bool = False
-    snapshot: str | None = None
+    snapshot: Wanted | None = None
+    chain: Chain = NO_CHAIN
     cache: Cache = CACHE_MODES["writeback"]
     aio: AioMode = "threads"
     discard: Discard = "unmap"
     detect_zeroes: DetectZeroes = "off"
     locking: bool = True
     device: bool | None = None
+    target: Target | None = None
+    tls: TLSOptions = NO_OPTIONS
     write_behind: int | None = None
     lock_ranges: bool = False
     block_sizes: BlockSizes | None = None
-    target: Target | None = None
-    tls: TLSOptions = NO_OPTIONS
 
     def check(self) -> None:
         """Look whether it makes sense, before anything is opened.
@@ -181,6 +184,8 @@ class StorageSpec:
                 )
         if self.snapshot is not None and self.format not in (None, "qcow2"):
             raise ConfigError(f"{self.format} images have no internal snapshots")
+        if self.chain != NO_CHAIN and self.format != "qcow2":
+            raise ConfigError("backing and data-file are for qcow2 images", hint="say driver=qcow2")
 
 
 def open_storage(spec: StorageSpec) -> Storage:
@@ -204,12 +209,12 @@ def open_storage(spec: StorageSpec) -> Storage:
         if kind == "qcow2":
             # Its file sees to that, see `_open_qcow2`.
             spec = replace(spec, cache=spec.cache._replace(flushes=True))
-        storage = _layers(spec, storage, parts, undo)
+        storage = layered(spec, storage, parts, undo)
         undo.pop_all()
         return storage
 
 
-def _layers(
+def layered(
     spec: StorageSpec, storage: Storage, parts: tuple[Part, ...], undo: contextlib.ExitStack
 ) -> Storage:
     """Lay what was asked for on a storage; `undo` learns what has to be closed if that fails."""
@@ -231,6 +236,7 @@ def _layers(
 
 def _open_remote(spec: StorageSpec, target: Target) -> Storage:
     from nbdlink.storage.remote import RemoteStorage
+    from nbdlink.storage.remotefile import RemoteFile
 
     read_only = spec.read_only or spec.overlay or spec.snapshot is not None
     with contextlib.ExitStack() as undo:
@@ -238,18 +244,23 @@ def _open_remote(spec: StorageSpec, target: Target) -> Storage:
         storage = remote = RemoteStorage.open(target, read_only=read_only, tls=spec.tls)
         undo.callback(remote.close)
         kind = format_of(remote.head(SECTOR)) if spec.format is None else spec.format
-        if kind != RAW:
+        if kind == "qcow2":
+            image = RemoteFile(remote, flushes=spec.cache.flushes)
+            storage = _open_qcow2(spec, read_only=read_only, within=image)
+            undo.callback(storage.close)
+            spec = replace(spec, cache=spec.cache._replace(flushes=True))
+        elif kind != RAW:
             raise StorageError(
-                f"{spec.path} is a {kind} image, which cannot be served from within an export",
+                f"{spec.path}: {kind} images within an export cannot be served",
                 hint="-f raw serves the bytes of the export as they are",
             )
-        if spec.snapshot is not None:
+        elif spec.snapshot is not None:
             raise _no_snapshots(spec)
-        if spec.format is None and not read_only:
+        elif spec.format is None and not read_only:
             _warn_of_raw(spec)
             storage = FirstSector(remote)
             undo.callback(storage.close)
-        storage = _layers(spec, storage, spec.parts, undo)
+        storage = layered(spec, storage, spec.parts, undo)
         undo.pop_all()
         return storage
 
@@ -314,7 +325,7 @@ def _open_format(spec: StorageSpec, kind: str) -> Storage:
     return _open_foreign(spec, kind)
 
 
-def _open_qcow2(spec: StorageSpec, *, read_only: bool) -> Storage:
+def _open_qcow2(spec: StorageSpec, *, read_only: bool, within: ImageFile | None = None) -> Storage:
     from nbdlink.storage.qcow2 import Qcow2Storage
 
     direct, _, flushes = spec.cache
@@ -334,12 +345,22 @@ def _open_qcow2(spec: StorageSpec, *, read_only: bool) -> Storage:
             file.close()
             raise
 
+    def open_raw(path: Path) -> Storage:
+        kind = DirectStorage if direct else RawStorage
+        return kind.open(path, read_only=True, locking=spec.locking)
+
+    name = spec.path
+    if spec.target is not None:
+        name = f"{spec.target.address}/{spec.target.export}"  # a URI would not survive as a path
     storage = Qcow2Storage.open(
-        spec.path,
+        name,
         read_only=read_only,
         snapshot=spec.snapshot,
+        chain=spec.chain,
         discard=spec.discard == "unmap",
         open_file=open_file,
+        open_raw=open_raw,
+        within=within,
     )
     for warning in storage.warnings:
         _log.warning("%s", warning)

@@ -101,6 +101,7 @@ class RemoteStorage(Storage):
     Attributes:
         target: server and export.
         start: 0, since all of it is served.
+        has_zeroes: whether the server zeroes by itself.
     """
 
     waits = True
@@ -139,7 +140,7 @@ class RemoteStorage(Storage):
         has = export.flags
         self._has_flush = bool(has & TransmissionFlag.SEND_FLUSH)
         self._has_fua = bool(has & TransmissionFlag.SEND_FUA)
-        self._has_zeroes = bool(has & TransmissionFlag.SEND_WRITE_ZEROES)
+        self.has_zeroes = bool(has & TransmissionFlag.SEND_WRITE_ZEROES)
         self.can_trim = bool(has & TransmissionFlag.SEND_TRIM)
         self.can_fast_zero = bool(has & TransmissionFlag.SEND_FAST_ZERO)
         self.can_cache = bool(has & TransmissionFlag.SEND_CACHE)
@@ -361,7 +362,7 @@ class RemoteStorage(Storage):
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:
         """Have the server zero a range, or send it zeroes if it cannot."""
-        if not self._has_zeroes or (fast and not self.can_fast_zero):
+        if not self.has_zeroes or (fast and not self.can_fast_zero):
             super().zero(offset, length, may_trim=may_trim, fast=fast, fua=fua)
             return
         through = fua and self._has_fua

@@ -44,3 +44,17 @@ def run(*words, **options):
 def nbdlink(*words, **options):
     """Run `nbdlink` to its end."""
     return run(sys.executable, "-m", "nbdlink", *words, **options)
+
+
+def in_a_network(script, *words, cwd, mounts=False):
+    """Run a shell script in a network with nothing but a loopback device.
+
+    With `mounts` it may mount what it likes as well, which nobody else sees.
+    """
+    flags = "-rnm" if mounts else "-rn"
+    if run("unshare", flags, "true").returncode:
+        pytest.skip("this user may not make networks")
+    lines = f"set -e\nip link set lo up\n{script}"
+    done = run("unshare", flags, "bash", "-c", lines, "bash", *words, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

@@ -24,7 +24,7 @@ from nbdlink.uri import Target
 from tests import credentials
 from tests.certificates import Authority
 
-from .programs import run
+from .programs import in_a_network, run
 
 SIZE = 3 << 20
 OURS = [sys.executable, "-m", "nbdlink", "qemu-nbd"]
@@ -90,16 +90,6 @@ def folder(tmp_path):
         check=True,
     )
     return tmp_path
-
-
-def in_a_network(script, *words, cwd):
-    """Run a shell script in a network with nothing but a loopback device."""
-    if run("unshare", "-rn", "true").returncode:
-        pytest.skip("this user may not make networks")
-    lines = f"set -e\nip link set lo up\n{script}"
-    done = run("unshare", "-rn", "bash", "-c", lines, "bash", *words, cwd=cwd)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 CLIENT = """

@@ -1,7 +1,9 @@
 """What lies behind an image: backing files and external data files, by the names recorded in it.
 
-Names are relative to the folder of the image that records them. All of the chain is opened for
-reading only.
+Names of backing files are relative to the folder of the image that records them, and names of
+data files to the current one, as QEMU 7.2 has it (`qcow2_do_open` does not join the two). What is
+said to whoever opens an image counts more than what it records (`Chain`). All of the chain is
+opened for reading only.
 
 A missing backing format is found out by looking at the file, as QEMU does. That is not safe
 where a guest can write to a raw backing file: it may write a header there that names any file
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from nbdlink.errors import StorageError
-from nbdlink.storage.qcow2.header import is_qcow2
+from nbdlink.storage.chain import Chain
+from nbdlink.storage.qcow2.header import Header, is_qcow2
 
 MAX_DEPTH: Final = 200
 """Images in the longest chain."""
@@ -47,13 +50,39 @@ class Place(NamedTuple):
     format: str | None
 
 
-def place_of(image: str, name: str, format_: str | None) -> Place:
+def backing_of(chain: Chain, image: str, header: Header, *, is_file: bool) -> Place | None:
+    """Tell where an image's backing file is; None if it has none.
+
+    Args:
+        chain: what is said of it.
+        image: path of the image.
+        header: what it records.
+        is_file: whether the image is a file, and thereby in a folder.
+
+    Raises:
+        StorageError: it is nothing that can be opened here.
+    """
+    said = chain.backing
+    if said is not None and said.path is not None:
+        return Place(said.path, said.format or header.backing_format)
+    if not chain.has_backing or header.backing_file is None:
+        if said is not None:
+            raise StorageError(
+                f"{image} records no backing file", hint="say backing.file.filename=PATH"
+            )
+        return None
+    format_ = (said and said.format) or header.backing_format
+    return place_of(image, header.backing_file, format_, is_file=is_file)
+
+
+def place_of(image: str, name: str, format_: str | None, *, is_file: bool = True) -> Place:
     """Follow a recorded name.
 
     Args:
         image: path of the image that records it.
         name: what is recorded.
-        format_: the recorded format, or None.
+        format_: the format, or None.
+        is_file: whether the image is a file, and thereby in a folder.
 
     Raises:
         StorageError: it is nothing that can be opened here.
@@ -74,6 +103,12 @@ def place_of(image: str, name: str, format_: str | None) -> Place:
         raise StorageError(
             f"{image}: its backing file {name!r} is in the format {format_}",
             hint="raw and qcow2 can back an image",
+        )
+    if not is_file and not Path(name).is_absolute():
+        raise StorageError(
+            f"{image}: its backing file {name!r} is recorded without a folder, and an export is "
+            "in none",
+            hint="say where it is: --image-opts driver=qcow2,backing.file.filename=PATH,...",
         )
     return Place(Path(image).parent / name, format_)
 

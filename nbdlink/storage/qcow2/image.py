@@ -19,6 +19,7 @@ from array import array
 from typing import Final
 
 from nbdlink.errors import StorageError
+from nbdlink.storage.chain import Wanted
 from nbdlink.storage.imagefile import ImageFile
 from nbdlink.storage.qcow2.compressed import CompressedClusters
 from nbdlink.storage.qcow2.header import (
@@ -122,13 +123,13 @@ class Image:
         self._most_tables = max(4, L2_LIMIT // self.geometry.cluster_size)
 
     @classmethod
-    def open(cls, file: ImageFile, data: ImageFile | None, snapshot: str | None) -> Image:
+    def open(cls, file: ImageFile, data: ImageFile | None, snapshot: Wanted | None) -> Image:
         """Read header, snapshot table and L1 table.
 
         Args:
             file: the image.
             data: the external data file, for images that have one.
-            snapshot: the internal snapshot to look at, by id or by name; None for the disk.
+            snapshot: the internal snapshot to look at; None for the disk.
 
         Raises:
             StorageError: it is damaged, or needs what this driver does not know.

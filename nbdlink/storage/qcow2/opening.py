@@ -6,14 +6,15 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from nbdlink.errors import StorageError
 from nbdlink.storage.base import Storage
+from nbdlink.storage.chain import Wanted
 from nbdlink.storage.fingerprint import fingerprint
-from nbdlink.storage.imagefile import ImageFile
-from nbdlink.storage.qcow2.backing import place_of
+from nbdlink.storage.imagefile import ImageFile, PosixFile
 from nbdlink.storage.qcow2.bitmaps import Bitmaps
 from nbdlink.storage.qcow2.header import Autoclear, Header
 from nbdlink.storage.qcow2.image import Image
@@ -27,8 +28,47 @@ _MOST_METADATA: Final = 4 << 20
 OpenFile = Callable[[Path, bool], ImageFile]
 """Opens a file by its path, for reading only or not."""
 
+OpenRaw = Callable[[Path], Storage]
+"""Opens a raw backing file by its path, for reading only."""
 
-def refuse_writing(name: str, header: Header, snapshot: str | None) -> None:
+
+def open_posix(path: Path, read_only: bool) -> ImageFile:
+    """Open a file as a `PosixFile`; an `OpenFile`."""
+    return PosixFile.open(path, read_only=read_only)
+
+
+def open_plain(path: Path) -> Storage:
+    """Open a file as a `RawStorage`; an `OpenRaw`."""
+    return RawStorage.open(path, read_only=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How an image's files are opened.
+
+    Attributes:
+        open_file: opens images and external data files.
+        open_raw: opens raw backing files.
+        discard: whether space that is not needed any more is given back to the file system.
+        within: the image itself, if it is open already and no file by its path; else None.
+    """
+
+    open_file: OpenFile
+    open_raw: OpenRaw
+    discard: bool
+    within: ImageFile | None = None
+
+    def open_image(self, path: Path, read_only: bool) -> ImageFile:
+        """Open an image."""
+        return self.open_file(path, read_only) if self.within is None else self.within
+
+    @property
+    def behind(self) -> Access:
+        """How the images behind it are opened."""
+        return replace(self, discard=False, within=None)
+
+
+def refuse_writing(name: str, header: Header, snapshot: Wanted | None) -> None:
     """See that an image may be written to.
 
     Raises:
@@ -132,10 +172,16 @@ def open_data_file(
         if not header.data_file:
             raise StorageError(
                 f"{path} has an external data file, but does not record its name",
-                hint="record it: qemu-img amend -o data_file=NAME",
+                hint="say where it is: --image-opts driver=qcow2,data-file.filename=PATH,...",
             )
-        given = place_of(str(path), header.data_file, "raw").path
-    return open_file(given, read_only)
+        given = Path(header.data_file.removeprefix("file:"))  # as QEMU takes it, see `backing`
+    try:
+        return open_file(given, read_only)
+    except StorageError as error:
+        hint = error.hint
+        if not given.is_absolute() and not given.exists():
+            hint = "as with QEMU, this name is relative to the current directory, not the image's"
+        raise StorageError(f"{path}: its data file {error}", hint=hint) from None
 
 
 def signature_of(image: Image) -> str | None:
@@ -169,19 +215,19 @@ def read_head(path: Path, open_file: OpenFile) -> bytes:
         file.close()
 
 
-def open_raw(path: Path) -> Storage | None:
+def open_backing(path: Path, open_raw: OpenRaw) -> Storage | None:
     """Open a raw backing file; None if it is empty.
 
     Raises:
         StorageError: it cannot be opened.
     """
     if path.is_file() and not path.stat().st_size:
-        return None  # nothing to see there, but `RawStorage` would not serve it
-    return RawStorage.open(path, read_only=True)
+        return None  # nothing to see there, and no storage can be empty
+    return open_raw(path)
 
 
 def open_bitmaps(
-    image: Image, snapshot: str | None, warnings: list[str], *, read_only: bool
+    image: Image, snapshot: Wanted | None, warnings: list[str], *, read_only: bool
 ) -> Bitmaps:
     """Read the bitmaps.
 

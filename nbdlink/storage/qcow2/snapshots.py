@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdlink.errors import StorageError
+from nbdlink.storage.chain import Exactly, Wanted
 from nbdlink.storage.qcow2.header import MAX_L1_SIZE, Header, check_area
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
@@ -97,17 +98,24 @@ def parse_snapshots(
     return snapshots, position
 
 
-def find_snapshot(name: str, snapshots: list[Snapshot], wanted: str) -> Snapshot:
-    """Give the snapshot with an id, or else with a name.
+def find_snapshot(image: str, snapshots: list[Snapshot], wanted: Wanted) -> Snapshot:
+    """Give the snapshot that is wanted, the first if there are several of that name.
 
     Raises:
         StorageError: there is none.
     """
-    for snapshot in snapshots:
-        if snapshot.id == wanted:
-            return snapshot
-    for snapshot in snapshots:
-        if snapshot.name == wanted:
-            return snapshot
+    if isinstance(wanted, str):
+        tries = [Exactly(id=wanted), Exactly(name=wanted)]
+        word = repr(wanted)
+    else:
+        tries = [wanted]
+        told = wanted._asdict().items()
+        word = "with " + " and ".join(
+            f"the {key} {each!r}" for key, each in told if each is not None
+        )
+    for each in tries:
+        for snapshot in snapshots:
+            if each.id in (None, snapshot.id) and each.name in (None, snapshot.name):
+                return snapshot
     known = ", ".join(f"{s.id} ({s.name})" for s in snapshots) or "none"
-    raise StorageError(f"{name} has no snapshot {wanted!r}", hint=f"its snapshots: {known}")
+    raise StorageError(f"{image} has no snapshot {word}", hint=f"its snapshots: {known}")

@@ -18,19 +18,24 @@ from nbdlink.errors import StorageError
 from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, BITMAP_CONTEXT, DEPTH_CONTEXT
 from nbdlink.storage.base import Storage
-from nbdlink.storage.imagefile import ImageFile, PosixFile
+from nbdlink.storage.chain import NO_CHAIN, Chain, Wanted
+from nbdlink.storage.imagefile import ImageFile
 from nbdlink.storage.qcow2 import extents
 from nbdlink.storage.qcow2.allocation import Writer
-from nbdlink.storage.qcow2.backing import MAX_DEPTH, place_of, probe
+from nbdlink.storage.qcow2.backing import MAX_DEPTH, backing_of, probe
 from nbdlink.storage.qcow2.bitmaps import Bitmaps
 from nbdlink.storage.qcow2.clearing import can_clear, clear
 from nbdlink.storage.qcow2.image import Image, L2Table, read_header
 from nbdlink.storage.qcow2.opening import (
+    Access,
     OpenFile,
+    OpenRaw,
     known_metadata,
+    open_backing,
     open_bitmaps,
     open_data_file,
-    open_raw,
+    open_plain,
+    open_posix,
     prepare_for_writing,
     read_head,
     refuse_writing,
@@ -42,10 +47,6 @@ from nbdlink.storage.qcow2.transfer import ZEROES, Reader, read_ahead, write_par
 from nbdlink.storage.qcow2.writeback import Epochs, WriteBack
 
 _MAX_PREFERRED: Final = 1 << 20
-
-
-def _open_posix(path: Path, read_only: bool) -> ImageFile:
-    return PosixFile.open(path, read_only=read_only)
 
 
 class Qcow2Storage(Storage):
@@ -120,10 +121,12 @@ class Qcow2Storage(Storage):
         path: str | os.PathLike[str],
         *,
         read_only: bool = False,
-        snapshot: str | None = None,
-        data_file: str | os.PathLike[str] | None = None,
+        snapshot: Wanted | None = None,
+        chain: Chain = NO_CHAIN,
         discard: bool = True,
-        open_file: OpenFile = _open_posix,
+        open_file: OpenFile = open_posix,
+        open_raw: OpenRaw = open_plain,
+        within: ImageFile | None = None,
     ) -> Self:
         """Open an image and everything that it needs.
 
@@ -131,30 +134,32 @@ class Qcow2Storage(Storage):
             path: of the image.
             read_only: whether to open it for reading only; what lies behind it always is.
             snapshot: the internal snapshot to serve, by id or by name; read-only.
-            data_file: the external data file, if it is not where the image says.
+            chain: what is said of its data file and of what lies behind it.
             discard: whether space that is not needed any more is given back to the file system.
             open_file: opens the image, its external data file, and qcow2 backing files.
+            open_raw: opens raw backing files.
+            within: the image itself, if it is no file by that path but has been opened already;
+                it is closed whatever happens.
 
         Raises:
             StorageError: any of them cannot be opened, or is damaged, or needs what is not
                 known here.
         """
-        given = Path(data_file) if data_file is not None else None
-        return cls._open(Path(path), read_only, snapshot, given, discard, open_file, [])
+        access = Access(open_file, open_raw, discard, within)
+        return cls._open(Path(path), read_only, snapshot, chain, access, [])
 
     @classmethod
     def _open(
         cls,
         path: Path,
         read_only: bool,
-        snapshot: str | None,
-        data_file: Path | None,
-        discard: bool,
-        open_file: OpenFile,
+        snapshot: Wanted | None,
+        chain: Chain,
+        access: Access,
         above: list[tuple[int, int] | None],
     ) -> Self:
         with contextlib.ExitStack() as opened:
-            file = open_file(path, read_only)
+            file = access.open_image(path, read_only)
             opened.callback(file.close)
             if len(above) >= MAX_DEPTH:
                 raise StorageError(f"{path}: more than {MAX_DEPTH} images lie in front of it")
@@ -165,27 +170,34 @@ class Qcow2Storage(Storage):
                 if not read_only:
                     refuse_writing(str(path), header, snapshot)
                 data = open_data_file(
-                    path, header, data_file, read_only=read_only, open_file=open_file
+                    path,
+                    header,
+                    chain.data_file,
+                    read_only=read_only,
+                    open_file=access.open_file,
                 )
                 if data is not None:
                     opened.callback(data.close)
                 image = Image.open(file, data, snapshot)
                 backing = None
                 warnings = []
-                if header.backing_file is not None:
-                    place = place_of(str(path), header.backing_file, header.backing_format)
+                is_file = access.within is None
+                place = backing_of(chain, str(path), header, is_file=is_file)
+                if place is not None:
                     form = place.format
                     if form is None:
-                        form = probe(str(place.path), read_head(place.path, open_file))
+                        form = probe(str(place.path), read_head(place.path, access.open_file))
                         warnings.append(
                             f"{path} does not record the format of its backing file; it was"
                             f" taken for {form}"
                         )
                     if form == "raw":
-                        backing = open_raw(place.path)
+                        backing = open_backing(place.path, access.open_raw)
                     else:
+                        behind = chain.backing.chain if chain.backing else NO_CHAIN
+                        identities = [*above, file.identity]
                         backing = cls._open(
-                            place.path, True, None, None, False, open_file, [*above, file.identity]
+                            place.path, True, None, behind, access.behind, identities
                         )
                     if backing is not None:
                         opened.callback(backing.close)
@@ -196,7 +208,7 @@ class Qcow2Storage(Storage):
                 if not read_only:
                     prepare_for_writing(image)
                 bitmaps = open_bitmaps(image, snapshot, warnings, read_only=read_only)
-                storage = cls(image, backing, bitmaps, read_only=read_only, discard=discard)
+                storage = cls(image, backing, bitmaps, read_only=read_only, discard=access.discard)
                 storage.warnings = warnings
             except OSError as error:
                 words = error.strerror or str(error)

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from nbdlink.storage.chain import Chain
 from nbdlink.storage.qcow2 import Qcow2Storage, image, refcounts
 
 from . import qemu
@@ -247,7 +248,7 @@ def test_a_power_cut_with_a_data_file(options, folder):
         cut.write_bytes(both.state(both.image, until, rnd))
         cut_data.write_bytes(both.state(both.data, until, rnd))
         flushed, possible = disk.allowed(until)
-        with_storage(cut, flushed, possible, data_file=cut_data)
+        with_storage(cut, flushed, possible, chain=Chain(cut_data))
 
 
 @pytest.mark.parametrize("options", ["cluster_size=4k", "cluster_size=512", "extended_l2=on"])

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from nbdlink.errors import StorageError
+from nbdlink.storage.chain import Chain
 from nbdlink.storage.qcow2 import Qcow2Storage
 from nbdlink.storage.qcow2.backing import MAX_DEPTH
 
@@ -328,13 +329,13 @@ def test_a_data_file_may_be_named(folder, opened):
     (folder / "data.raw").rename(folder / "moved.raw")
     with pytest.raises(StorageError, match=r"data\.raw cannot be opened"):
         Qcow2Storage.open(path, read_only=True)
-    assert read(opened(path, data_file=folder / "moved.raw")) == content
+    assert read(opened(path, chain=Chain(folder / "moved.raw"))) == content
 
 
 def test_a_data_file_for_an_image_that_has_none_is_refused(folder):
     path = qemu.create(folder / "disk.qcow2", SIZE)
     with pytest.raises(StorageError, match="no external data file"):
-        Qcow2Storage.open(path, read_only=True, data_file=path)
+        Qcow2Storage.open(path, read_only=True, chain=Chain(path))
 
 
 # Snapshots.

@@ -1,0 +1,132 @@
+"""Where things of a mirror lie: copies of its record, and the socket at which it is talked to.
+
+Beside every regular file that is a member lies a copy, so that whoever has the file has the
+record as well, and on the same disk, so that losing the one is losing the other. For members
+beside which nothing can lie (devices, exports of other servers) one copy more is kept in the
+state directory of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from nbdlink.storage.mirror.record import Entry, peek
+
+SUFFIX: Final = ".mirror"
+CENTRAL: Final = ""
+"""The owner of the copy in the state directory: all members that cannot have their own."""
+_UDEV_TRAITS: Final = ("ID_SERIAL", "ID_WWN", "ID_PART_ENTRY_UUID", "DM_UUID", "MD_UUID")
+
+
+def canonical(word: str) -> str:
+    """Give the one way to write a member's address.
+
+    Files are called by their real path, as their record has to lie beside them; devices by the
+    path that was given, since the real one changes with the order in which they are found.
+    """
+    if is_remote(word):
+        return word
+    path = Path(word)
+    return os.path.abspath(path) if path.is_block_device() else os.path.realpath(path)  # noqa: PTH100 - no symbolic link is to be followed
+
+
+def is_remote(word: str) -> bool:
+    """Tell whether a word is an NBD URI."""
+    return word.startswith(("nbd://", "nbds://", "nbd+unix://", "nbds+unix://"))
+
+
+def keeps_copy(address: str) -> bool:
+    """Tell whether a copy of the record lies beside a member."""
+    if is_remote(address) or address.startswith("/dev/"):
+        return False
+    return not Path(address).is_block_device()
+
+
+def state_directory() -> Path:
+    """Give where this user's programs keep what must not be lost."""
+    if told := os.environ.get("NBDLINK_STATE_DIRECTORY"):
+        return Path(told)
+    if os.geteuid() == 0:
+        return Path("/var/lib/nbdlink")
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    return Path(home) / "nbdlink"
+
+
+def runtime_directory() -> Path:
+    """Give where sockets lie, for as long as the machine runs."""
+    if told := os.environ.get("NBDLINK_RUNTIME_DIRECTORY"):
+        return Path(told)
+    if os.geteuid() == 0:
+        return Path("/run/nbdlink")
+    told = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(told) / "nbdlink" if told else state_directory()
+
+
+def control_socket(mirror: str) -> Path:
+    """Give the socket at which the server of a mirror listens to `nbdlink mirror`."""
+    return runtime_directory() / f"mirror-{mirror}.sock"
+
+
+def owner(entry: Entry) -> str:
+    """Give whose copy a member needs: its own, or the one of all that have none."""
+    return entry.address if entry.keeps_copy else CENTRAL
+
+
+def copy_path(mirror: str, owner: str) -> Path:
+    """Give where a copy lies."""
+    if owner == CENTRAL:
+        return state_directory() / "mirrors" / (mirror + SUFFIX)
+    return Path(owner + SUFFIX)
+
+
+def central_copies() -> list[Path]:
+    """Give the copies in the state directory."""
+    return sorted((state_directory() / "mirrors").glob("*" + SUFFIX))
+
+
+def copies_that_name(addresses: set[str]) -> list[Path]:
+    """Give the copies that tell of members with these addresses.
+
+    Those beside them, and those in the state directory that have one of them as a member.
+    """
+    beside = [Path(each + SUFFIX) for each in sorted(addresses) if not is_remote(each)]
+    found = [path for path in beside if path.exists()]
+    for path in central_copies():
+        state = peek(path)
+        if state and addresses & {entry.address for entry in state.members}:
+            found.append(path)
+    return found
+
+
+def device_identity(path: str) -> str | None:
+    """Give what tells a block device from others that come by its path later, or None."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a member's address is a word
+    except OSError:
+        return None
+    if not stat.S_ISBLK(status.st_mode):
+        return None
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    traits = []
+    try:
+        for line in Path(f"/run/udev/data/b{number}").read_text(errors="replace").splitlines():
+            kind, _, setting = line.partition(":")
+            if kind == "E" and setting.partition("=")[0] in _UDEV_TRAITS:
+                traits.append(setting)
+    except OSError:
+        pass
+    for name in ("wwid", "serial", "device/wwid", "device/serial", "loop/backing_file"):
+        try:
+            text = Path(f"/sys/dev/block/{number}/{name}").read_text(errors="replace").strip()
+        except OSError:
+            continue
+        traits.append(f"{name} {text}")
+    if not traits:
+        return None
+    return (
+        "device:" + hashlib.blake2b("\n".join(sorted(traits)).encode(), digest_size=16).hexdigest()
+    )

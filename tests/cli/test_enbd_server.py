@@ -1,0 +1,202 @@
+"""`nbdlink enbd-server`: the examples of enbd-server's manual, and what becomes of each option."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+
+import pytest
+
+from nbdlink.cli import enbd_server, serve
+from nbdlink.cli.main import build_parser, main
+from tests.certificates import Authority
+
+from .programs import in_a_network
+
+SIZE = 1 << 20
+OURS = [sys.executable, "-m", "nbdlink", "enbd-server"]
+
+MIRROR = "4017 /a/f1 /a/f2 -1 -b 4096 -i nbd"
+WITH_TLS = "4017 /a/f1 -CAfile /b/cacert.pem -cert /b/mycert.pem"
+"""The two examples of the manual; in the second it leaves port and file out."""
+
+
+def translated(typed):
+    """Give the words for `serve`."""
+    subparsers = next(a for a in build_parser()._actions if a.dest == "verb")
+    words = enbd_server.prepare(shlex.split(typed))
+    return enbd_server.serve_words(subparsers.choices["enbd-server"].parse_intermixed_args(words))
+
+
+def understood(typed):
+    """Give what `serve` makes of them."""
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser, "serve")
+    return vars(parser.parse_intermixed_args(translated(typed)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A place with two files of the same."""
+    for name in ("f1", "f2"):
+        (tmp_path / name).write_bytes(os.urandom(SIZE))
+    return tmp_path
+
+
+BEGIN = """
+mount -t tmpfs none /run
+"$@"
+"""
+
+END = """
+pid=$(cat {pid_file})
+kill $pid
+while kill -0 $pid 2>&-; do sleep 0.01; done
+"""
+
+
+@pytest.mark.interop
+def test_a_server_goes_to_the_background_and_is_found_by_its_signature(folder):
+    pid_file = "/var/run/nbd-server-nbd.pid"
+    script = f"""
+    {BEGIN}
+    "$@" 2>again && exit 1
+    nbdinfo --json nbd://localhost:4017 >info
+    nbdcopy nbd://localhost:4017 out
+    {END.format(pid_file=pid_file)}
+    test ! -e {pid_file}
+    """
+    words = shlex.split(MIRROR.replace("/a/f2 -1", "").replace("/a/", f"{folder}/"))
+    in_a_network(script, *OURS, *words, cwd=folder, mounts=True)
+    assert (folder / "out").read_bytes() == (folder / "f1").read_bytes()
+    assert '"block_size_minimum": 4096' in (folder / "info").read_text()
+    assert f"{pid_file} belongs to process" in (folder / "again").read_text().splitlines()[0]
+
+
+@pytest.mark.interop
+def test_the_example_with_tls(folder):
+    authority = Authority()
+    pki = authority.write_directory(folder / "b", server=authority.issue())
+    (pki / "mycert.pem").write_bytes(
+        (pki / "server-cert.pem").read_bytes() + (pki / "server-key.pem").read_bytes()
+    )
+    (pki / "mycert.pem").chmod(0o600)
+    (pki / "ca-cert.pem").rename(pki / "cacert.pem")
+    trust = authority.write_directory(folder / "trust")
+    copy = [*OURS[:3], "copy", f"nbds://localhost:4017?tls-certificates={trust}", "out"]
+    script = f"""
+    {BEGIN}
+    nbdinfo nbd://localhost:4017 2>&1 && exit 1
+    {shlex.join(copy)}
+    {END.format(pid_file="/run/pid")}
+    """
+    # Without a signature there is no pid file, and nobody else in this network.
+    script = script.replace("cat /run/pid", "ss -Hltnp | sed -n 's/.*pid=\\([0-9]*\\).*/\\1/p;q'")
+    words = WITH_TLS.replace("/b/", f"{pki}/").replace("/a/", f"{folder}/")
+    in_a_network(script, *OURS, *shlex.split(words), cwd=folder, mounts=True)
+    assert (folder / "out").read_bytes() == (folder / "f1").read_bytes()
+
+
+def test_the_example_with_a_mirror_becomes_one():
+    words = translated(MIRROR)
+    assert words[-3:] == ["--mirror", "/a/f1", "/a/f2"]
+    assert {"--port=4017", "--block-size=4096", "--signature=nbd", "--format=raw"} <= set(words)
+
+
+@pytest.mark.parametrize(
+    ("typed", "becomes"),
+    [
+        ("1 a b", ["--linear", "./a", "./b"]),
+        ("1 a b -l", ["--linear", "./a", "./b"]),
+        ("1 a b -0", ["--stripe", "./a", "./b"]),
+        ("1 a b -r1", ["--mirror", "./a", "./b"]),
+        ("1 a b -s 2G,-,512M", None),
+        ("1 a b -s -,512M", ["--linear", "./a", "./b"]),
+        ("1 a -1", ["./a"]),
+    ],
+)
+def test_several_files_become_one_export(typed, becomes):
+    if becomes is None:
+        with pytest.raises(Exception, match="more sizes than there are files"):
+            translated(typed)
+    else:
+        assert translated(typed)[-len(becomes) :] == becomes
+
+
+def test_a_list_of_sizes_is_handed_on():
+    assert "--size=2G,-" in translated("1 a b -s 2G,-")
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("4017 a", {"port": range(4017, 4018), "storage": ["./a"], "fork": True}),
+        ("4017 a", {"negotiation_timeout": 90.0, "block_size": None, "cache": None}),
+        ("4017 a -t 5", {"negotiation_timeout": 5.0}),
+        ("4017 a -t 0", {"negotiation_timeout": 86400.0}),
+        ("4017 a -v", {"fork": False}),
+        ("4017 a -r", {"read_only": True}),
+        ("4017 a -y", {"cache": "writethrough"}),
+        ("4017 a -n", {"cache": "none"}),
+        ("4017 a -ny", {"cache": "directsync"}),
+        ("4017 a -a", {"write_behind": True}),
+        ("4017 a -K", {"lock_ranges": True}),
+        ("4017 a -b 1024", {"block_size": "1024"}),
+        ("4017 a -i x/y", {"signature": ["x/y"], "pid_file": None}),
+        ("4017 a -s 2G", {"size": "2G"}),
+        ("4017 a 512M", {"size": "512M", "storage": ["./a"]}),
+        ("4017 a 1024", {"size": "1024"}),
+        ("4017 a -s -", {"size": None}),
+        ("4017 a=b", {"storage": ["./a=b"]}),
+        ("4017 -F -1500 -w 1000 -h8192 a", {"port": range(4017, 4018), "storage": ["./a"]}),
+        ("4017 -F 1-2 -h 0 a", {"storage": ["./a"]}),
+        ("4017 a -cert c", {"tls": "require", "tls_cert": "c", "tls_key": "c"}),
+        ("4017 a -cert c -keyfile k", {"tls_key": "k", "tls_verify_peer": False}),
+        ("4017 a -cert c -CApath d", {"tls_ca": "d", "tls_verify_depth": None}),
+        ("4017 a -cert c -CAfile f -verify 2", {"tls_verify_peer": True, "tls_verify_depth": 2}),
+        ("4017 a -cert c -verify 0", {"tls_verify_peer": False}),
+    ],
+)
+def test_each_option_becomes_one_of_serve(typed, means):
+    found = understood(typed)
+    assert {name: found[name] for name in means} == means
+
+
+def test_a_file_that_looks_like_a_size_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "512M").touch()
+    assert translated("1 a 512M")[-3:] == ["--linear", "./a", "./512M"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("x a", "'x' is not a port"),
+        ("0 a", "'0' is not a port"),
+        ("1 a -b 512", "-b 512 is not a block size"),
+        ("1 a -i ''", "the signature has 0 characters"),
+        (f"1 a -i {'x' * 129}", "the signature has 129 characters"),
+        ("1 a -s 5X", "-s 5X is no size"),
+        ("1 a -t x", "'x' is not a time"),
+        ("1 a -CAfile f", "TLS is asked for without a certificate"),
+        ("1 a -cert c -CAfile f -CApath d", "-CAfile and -CApath exclude each other"),
+        ("1 a -cert c -verify x", "-verify x is not a depth"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys):
+    assert main(["enbd-server", *shlex.split(typed)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert says in lines[0]
+    assert len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("-w 1000", "-w: a flush waits"), ("-F 5000", "-F: all"), ("-h 0", "-h: a request")],
+)
+def test_what_is_not_needed_is_explained_in_a_line(option, says, capsys):
+    assert main(["enbd-server", "4017", "/nonexistent", "-v", *option.split()]) == 1
+    told, *_ = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"nbdlink: not needed: {says}")

@@ -1,0 +1,230 @@
+"""Rebuilding a member while the mirror is in use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+
+import pytest
+
+from nbdlink.errors import StorageError
+from nbdlink.storage.mirror.record import peek
+
+from ..arrays import read, write
+from .conftest import SIZE
+
+
+def built(mirror):
+    mirror.wait_until_built(lambda _: None, 1.0)
+
+
+def without(place, name, *names, content=b"x" * SIZE):
+    """Give a mirror of which a member was dropped before all was written anew."""
+    mirror = place.mirror(*names)
+    place.fail(name, "write")
+    write(mirror, content, 0)
+    return mirror
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_rebuilt_member_has_everything_and_is_good(place, name):
+    mirror = without(place, name, "a", "b")
+    mirror.rebuild(str(place.path(name)))
+    built(mirror)
+    assert place.states(mirror) == {"a": "good", "b": "good"}
+    assert all(m.state == "good" for m in peek(place.path("b.mirror")).members)
+    mirror.close()
+    assert place.path("a").read_bytes() == place.path("b").read_bytes() == b"x" * SIZE
+
+
+def test_a_new_disk_in_the_place_of_the_old_is_rebuilt(place):
+    mirror = without(place, "b", "a", "b")
+    place.path("b").unlink()
+    place.path("b.mirror").unlink()
+    place.make("b")
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    mirror.close()
+    assert place.path("b").read_bytes() == b"x" * SIZE
+    assert place.states(place.mirror("a", "b")) == {"a": "good", "b": "good"}
+
+
+def test_it_is_flushed_before_it_is_recorded_as_good(place):
+    mirror = without(place, "b", "a", "b")
+    genuine = place._open
+    told = []
+
+    def opened(spec):
+        storage = genuine(spec)
+        below = storage.below.flush
+
+        def flush():
+            told.append(peek(place.path("a.mirror")).members[1].state)
+            below()
+
+        storage.below.flush = flush
+        return storage
+
+    mirror.members[1].opener = lambda: opened(place.spec("b"))
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert told == ["rebuilding"]
+    assert peek(place.path("a.mirror")).members[1].state == "good"
+
+
+def test_it_is_not_read_before_it_is_good(place):
+    place.make("b")
+    mirror = without(place, "b", "a", "b")
+    hold, seen = threading.Event(), threading.Event()
+    genuine = mirror.members[1].opener
+
+    def opened():
+        storage = genuine()
+
+        def wait():
+            seen.set()
+            hold.wait(60)
+
+        storage.on_write = wait
+        return storage
+
+    mirror.members[1].opener = opened
+    mirror.rebuild(str(place.path("b")))
+    seen.wait(60)
+    assert place.states(mirror) == {"a": "good", "b": "rebuilding"}
+    for _ in range(20):
+        assert read(mirror, SIZE - 100, 100) == b"x" * 100
+    hold.set()
+    built(mirror)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("size", [3 << 20, (3 << 20) + 5])
+def test_writes_meanwhile_are_never_overwritten(place, size):
+    """The rebuild goes on under writes of all kinds; then all is compared byte by byte."""
+    chance = random.Random(size)
+    place.make("a", "b", "c", size=size)
+    mirror = place.mirror("a", "b", "c", region=64 << 10)
+    model = bytearray(chance.randbytes(size))
+    place.fail("c", "write")
+    write(mirror, bytes(model), 0)
+    mirror.rebuild(str(place.path("c")))
+    count = 0
+    while not all(state == "good" for state in place.states(mirror).values()) or count < 200:
+        begin = chance.randrange(size)
+        length = min(chance.choice([1, 100, 4096, 70000]), size - begin)
+        if chance.random() < 0.2:
+            mirror.zero(begin, length, may_trim=True, fast=False, fua=False)
+            model[begin : begin + length] = bytes(length)
+        else:
+            data = chance.randbytes(length)
+            write(mirror, data, begin, fua=chance.random() < 0.05)
+            model[begin : begin + length] = data
+        count += 1
+        assert read(mirror, begin, length) == model[begin : begin + length]
+    mirror.close()
+    for name in "abc":
+        assert place.path(name).read_bytes() == model
+
+
+@pytest.mark.parametrize("what", ["write", "flush"])
+def test_a_member_that_fails_again_stays_stale(place, what):
+    mirror = without(place, "b", "a", "b")
+    genuine = mirror.members[1].opener
+
+    def opened():
+        storage = genuine()
+        storage.failing[what] = errno.EIO
+        return storage
+
+    mirror.members[1].opener = opened
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert place.states(mirror) == {"a": "good", "b": "stale"}
+    assert f"{what[:4]}" in mirror.status()["members"][1]["reason"]
+    write(mirror, b"y" * SIZE, 0)
+    assert read(mirror) == b"y" * SIZE
+
+
+def test_what_cannot_be_read_anywhere_ends_it(place):
+    mirror = without(place, "b", "a", "b")
+    place.fail("a", "read")
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert place.states(mirror) == {"a": "good", "b": "stale"}
+    assert "cannot be read" in mirror.status()["members"][1]["reason"]
+
+
+def test_one_that_was_interrupted_is_begun_again(place):
+    place.crash(
+        "ab",
+        """
+        member = mirror.members[1]
+        genuine, member.storage.write = member.storage.write, lambda *_: 1 / 0
+        write(b"x" * 40960, 0)
+        opener = member.opener
+        def broken():
+            storage = opener()
+            inner = storage.write
+            def write(buffer, offset, fua):
+                if offset > 20000:
+                    os._exit(0)
+                inner(buffer, offset, fua)
+            storage.write = write
+            return storage
+        member.opener = broken
+        mirror.rebuild(member.name)
+        mirror.wait_until_built(lambda _: None, 1.0)
+        sys.exit("it came to its end")
+        """.replace("\n        ", "\n"),
+    )
+    assert [m.state for m in peek(place.path("a.mirror")).members] == ["good", "rebuilding"]
+    mirror = place.mirror("a", "b")
+    assert place.states(mirror) == {"a": "good", "b": "good"}
+    mirror.close()
+    assert place.path("b").read_bytes() == place.path("a").read_bytes() == b"x" * SIZE
+
+
+def test_what_is_alike_is_not_written_again(place):
+    mirror = without(place, "b", "a", "b")
+    place.path("b").write_bytes(b"x" * (SIZE // 2) + bytes(SIZE // 2))
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert place.storages["b"].seen.count("write") == SIZE // 2 // 4096
+
+
+def test_holes_stay_holes(place):
+    size = 32 << 20
+    for name in "ab":
+        os.truncate(place.path(name), size)
+    mirror = place.mirror("a", "b", region=1 << 20)
+    assert place.states(mirror) == {"a": "good", "b": "good"}
+    place.fail("b", "write")
+    write(mirror, b"x" * 100, 5 << 20)
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    mirror.close()
+    assert place.path("b").stat().st_blocks * 512 < size // 8
+
+
+def test_what_is_no_member_cannot_be_rebuilt(place):
+    mirror = place.mirror("a", "b")
+    with pytest.raises(StorageError, match="no member"):
+        mirror.rebuild("/nowhere")
+
+
+def test_a_member_that_was_not_named_cannot_be_rebuilt(place):
+    without(place, "b", "a", "b").close()
+    mirror = place.mirror("a")
+    with pytest.raises(StorageError, match="was not named"):
+        mirror.rebuild(str(place.path("b")))
+
+
+def test_one_that_has_become_too_small_cannot_be_rebuilt(place):
+    mirror = without(place, "b", "a", "b")
+    os.truncate(place.path("b"), SIZE - 1)
+    with pytest.raises(StorageError, match="bytes, and the mirror"):
+        mirror.rebuild(str(place.path("b")))
+    assert place.states(mirror) == {"a": "good", "b": "stale"}
