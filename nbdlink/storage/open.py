@@ -21,9 +21,8 @@ import os
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from nbdlink.client.security import NO_OPTIONS, TLSOptions
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.storage.base import Storage
 from nbdlink.storage.chain import NO_CHAIN, Chain, Wanted
@@ -45,6 +44,9 @@ from nbdlink.storage.probe import KNOWN, RAW, SECTOR, format_of, probe
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
 from nbdlink.uri import Target
+
+if TYPE_CHECKING:
+    from nbdlink.client.security import TLSOptions
 
 _log = logging.getLogger("nbdlink.storage")
 
@@ -114,7 +116,7 @@ class StorageSpec:
         locking: whether to take QEMU's locks, and to heed them.
         device: whether it has to be a block device (or must not be one); None for either.
         target: an export of another server, which lies there instead of a file; or None.
-        tls: what is demanded of TLS on the way to it, beside what the target says.
+        tls: what is demanded of TLS on the way to it, beside what the target says; or None.
     """
 
     path: str
@@ -131,7 +133,7 @@ class StorageSpec:
     locking: bool = True
     device: bool | None = None
     target: Target | None = None
-    tls: TLSOptions = NO_OPTIONS
+    tls: TLSOptions | None = None
 
     def check(self) -> None:
         """Look whether it makes sense, before anything is opened.
