@@ -153,7 +153,7 @@ class RemoteStorage(Storage):
         target: Target,
         *,
         read_only: bool = False,
-        tls: TLSOptions = NO_OPTIONS,
+        tls: TLSOptions | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         request_timeout: float = REQUEST_TIMEOUT,
     ) -> RemoteStorage:
@@ -162,7 +162,7 @@ class RemoteStorage(Storage):
         Args:
             target: server and export.
             read_only: whether nothing will be written.
-            tls: what is demanded of TLS, beside what the target says.
+            tls: what is demanded of TLS, beside what the target says; or None.
             timeout: seconds for connection and handshake together.
             request_timeout: seconds that a request may take.
 
@@ -173,7 +173,7 @@ class RemoteStorage(Storage):
         """
         storage = cls(
             target,
-            Security(target, tls),
+            Security(target, tls or NO_OPTIONS),
             read_only=read_only,
             timeout=timeout,
             request_timeout=request_timeout,

@@ -35,12 +35,25 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"nbdlink {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["list", "--nonsense"], ["info"]])
-def test_a_wrong_command_line_ends_with_2(words, capsys):
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "VERB"),
+        (["nonsense"], "'nonsense'"),
+        (["list", "--nonsense"], "--nonsense"),
+        (["info"], "WHAT"),
+        (["serve", "--cache", "x", "y"], "--cache"),
+        (["qemu-nbd", "--cache", "x", "y"], "--cache"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_two_lines(words, says, capsys):
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert "usage: nbdlink" in capsys.readouterr().err
+    what, hint = capsys.readouterr().err.splitlines()
+    assert says in what
+    verb = f" {words[0]}" if words and words[0] in VERBS else ""
+    assert hint == f"  hint: see nbdlink{verb} --help"
 
 
 @pytest.mark.parametrize(
