@@ -33,6 +33,7 @@ VERBS = {
     "serve": ("nbdlink.cli.serve", "serve images, files and block devices"),
     "qemu-nbd": ("nbdlink.cli.qemu_nbd", "take the command line of qemu-nbd"),
     "setup": ("nbdlink.cli.setup", "install udev rules, units and manual pages"),
+    "completion": ("nbdlink.cli.completion", "print the completion for a shell"),
     "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
 }
 
@@ -60,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit status; argparse's own errors exit with 2."""
     _open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["complete"]:  # what the scripts of shells run, see candidates.py
+        from nbdlink.cli.candidates import run as complete
+
+        return complete(words[1:])
     for stream in (sys.stdout, sys.stderr):
         # File names need not be text; what cannot be encoded is shown escaped.
         if isinstance(stream, io.TextIOWrapper):
