@@ -245,7 +245,7 @@ _FILLERS: Final[Sequence[tuple[str, Callable[[_Line, str], Candidates]]]] = (
     (r"DEVICE\|NAME", _Line._attached),
     (r"/dev/nbdN", _Line._free),
     (r"TARGET", _Line._targets),
-    (r"WHAT", _Line._anything_attached),
+    (r"TARGET\|DEVICE", _Line._anything_attached),
     (r"SRC|DST", _Line._targets_or_files),
     (r"DIR", _Line._folders),
     (r".*(FILE|PATH|STORAGE|IMAGE).*", _Line._files),

@@ -32,7 +32,7 @@ VERBS = {
     "copy": ("nbdlink.cli.copy", "copy images from and to exports"),
     "serve": ("nbdlink.cli.serve", "serve images, files and block devices"),
     "qemu-nbd": ("nbdlink.cli.qemu_nbd", "take the command line of qemu-nbd"),
-    "setup": ("nbdlink.cli.setup", "install udev rules, units and manual pages"),
+    "setup": ("nbdlink.cli.setup", "install udev rules, units, pages, completions"),
     "completion": ("nbdlink.cli.completion", "print the completion for a shell"),
     "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
 }

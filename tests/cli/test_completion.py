@@ -149,8 +149,10 @@ def bad_server(request):
         listener.bind(("127.0.0.1", 0))
         if request.param == "silent":
             listener.listen()  # the kernel accepts, and nobody ever says a word
-        yield "nosuchhost.invalid" if request.param == "no such host" else (
-            f"127.0.0.1:{listener.getsockname()[1]}"
+        yield (
+            "nosuchhost.invalid"
+            if request.param == "no such host"
+            else (f"127.0.0.1:{listener.getsockname()[1]}")
         )
 
 
@@ -194,7 +196,7 @@ class Shell:
     STARTS = {
         "bash": (
             ["bash", "--norc", "--noprofile", "-i"],
-            "bind -x '\"\\C-x\": printf \"%s\\n\" \"$READLINE_LINE\" >>\"$LINES_FILE\"'\n",
+            'bind -x \'"\\C-x": printf "%s\\n" "$READLINE_LINE" >>"$LINES_FILE"\'\n',
         ),
         "zsh": (
             ["zsh", "-f", "-i"],
