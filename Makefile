@@ -16,7 +16,7 @@ sources := nbdlink tests $(wildcard bench)
 # pip shows a progress bar to a person, and nothing to a log.
 pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
 
-.PHONY: help demo test unit lint kernel-test systemd-test bench bench-quick bench-attach bench-roads bench-recovery clean
+.PHONY: help demo test unit lint kernel-test systemd-test deb deb-test bench bench-quick bench-attach bench-roads bench-recovery clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,6 +48,14 @@ systemd-test: ## rules, units and power-off, in virtual machines with systemd
 	@vagrant/provision.sh test
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite --systemd $(SYSTEMD_KERNEL) $(SUITE_OPTIONS)
+
+deb: ## a Debian package, in build/deb
+	@vagrant/provision.sh deb
+	@debian/build build/deb
+
+deb-test: deb ## install, upgrade and purge that package in a Debian 12 of its own; takes root
+	@vagrant/provision.sh deb
+	@debian/try build/deb
 
 # BENCH_OPTIONS: see `python -m bench.server --help`.
 bench: ## `nbdlink serve` beside other servers: half an hour on a quiet machine

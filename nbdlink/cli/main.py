@@ -35,7 +35,8 @@ VERBS = {
     "qemu-nbd": ("nbdlink.cli.qemu_nbd", "take the command line of qemu-nbd"),
     "enbd-server": ("nbdlink.cli.enbd_server", "take the command line of enbd-server"),
     "nbd-client": ("nbdlink.cli.nbd_client", "take the command line of nbd-client"),
-    "setup": ("nbdlink.cli.setup", "install udev rules, units and manual pages"),
+    "setup": ("nbdlink.cli.setup", "install udev rules, units, pages, completions"),
+    "completion": ("nbdlink.cli.completion", "print the completion for a shell"),
     "doctor": ("nbdlink.cli.doctor", "check whether this machine can do it"),
 }
 
@@ -72,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and give its exit status; argparse's own errors exit with 2."""
     _open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["complete"]:  # what the scripts of shells run, see candidates.py
+        from nbdlink.cli.candidates import run as complete
+
+        return complete(words[1:])
     for stream in (sys.stdout, sys.stderr):
         # File names need not be text; what cannot be encoded is shown escaped.
         if isinstance(stream, io.TextIOWrapper):

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     what = (
         "host[:port] or an NBD URI" if verb == "exports" else "TARGET, /dev/nbdN or a link's name"
     )
-    parser.add_argument("target", metavar="TARGET" if verb == "exports" else "WHAT", help=what)
+    parser.add_argument(
+        "target", metavar="TARGET" if verb == "exports" else "TARGET|DEVICE", help=what
+    )
     parser.add_argument(
         "--timeout",
         metavar="S",

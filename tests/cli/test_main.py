@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdlink.cli.main import VERBS, build_parser, main
+from nbdlink.cli.main import VERBS, main
 from nbdlink.version import __version__
 
 MAN = Path(__file__).parents[2] / "man"
@@ -21,11 +20,6 @@ MAN = Path(__file__).parents[2] / "man"
 def nbdlink(*words, **options):
     command = [sys.executable, "-m", "nbdlink", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
-
-
-def parser_of(verb):
-    subparsers = next(a for a in build_parser()._actions if a.dest == "verb")
-    return subparsers.choices[verb]
 
 
 def test_the_version_is_printed(capsys):
@@ -166,31 +160,10 @@ def test_help_fits_a_terminal_of_80_columns(verb):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_has_a_manual_page_with_all_its_options(verb):
-    page = (MAN / f"nbdlink-{verb}.8").read_text()
-    described = set(re.findall(r"\bFl (-?[a-zA-Z0-9][a-zA-Z-]*)", page))
-    options = {
-        option[1:]
-        for action in parser_of(verb)._actions
-        for option in action.option_strings
-        # What may begin with two hyphens as well as with one is described with one.
-        if action.dest != "help" and option[1:] not in action.option_strings
-    }
-    assert options <= described
-    assert described <= options
-
-
 def test_options_may_stand_between_the_target_and_the_device(capsys):
     words = ["attach", "host", "--name", "x", "/dev/nbd0", "--timeout", "0"]
     assert main(words) == 2
     assert "a timeout of 0 seconds is not possible" in capsys.readouterr().err
-
-
-def test_the_manual_names_every_verb():
-    page = (MAN / "nbdlink.8").read_text()
-    for verb in VERBS:
-        assert f".It Cm {verb}\n" in page
 
 
 @pytest.mark.parametrize(

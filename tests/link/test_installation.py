@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,9 +31,16 @@ def files(root):
     return {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
 
 
-def test_rules_units_and_pages_are_installed(tmp_path):
+def test_rules_units_pages_and_completions_are_installed(tmp_path):
     install(tmp_path)
-    expected = {RULES, UNIT, "usr/local/share/man/man8/nbdlink-attach.8"}
+    expected = {
+        RULES,
+        UNIT,
+        "usr/local/share/man/man8/nbdlink-attach.8",
+        "usr/local/share/bash-completion/completions/nbdlink",
+        "usr/local/share/zsh/site-functions/_nbdlink",
+        "usr/local/share/fish/vendor_completions.d/nbdlink.fish",
+    }
     assert expected <= files(tmp_path)
 
 
@@ -248,29 +253,3 @@ def test_a_packaged_installation_is_as_good(tmp_path):
     program.parent.mkdir(parents=True)
     program.touch()
     assert installation.shortfalls(tmp_path) == []
-
-
-def test_an_installation_by_pip_carries_the_files(tmp_path):
-    # From a copy, as setuptools writes into the folder that it builds.
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "nbdlink", "udev", "systemd", "man"):
-        path = PROJECT / name
-        if path.is_dir():
-            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(path, source)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", "import setuptools; setuptools.setup()"),
-            *("install_data", "--install-dir", str(tmp_path / "data")),
-        ],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    for folder in ("udev", "systemd", "man"):
-        names = {path.name for path in (tmp_path / "data/share/nbdlink" / folder).iterdir()}
-        assert names == {path.name for path in (PROJECT / folder).iterdir()}
