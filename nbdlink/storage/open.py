@@ -10,7 +10,8 @@ The layers, from the file up; each is there only if it has something to do:
     window          a part of what is below
     policy          durability, zeroes, and space that is given back
 
-Only a raw file and its policy leave the engine its fast roads (`Storage.plain_file`).
+Only a raw file and its policy leave the engine its fast roads (`Storage.plain_file`), and only a
+qcow2 image and its policy say what they do at once (`Storage.at_once`).
 """
 
 from __future__ import annotations
