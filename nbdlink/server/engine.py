@@ -12,9 +12,11 @@ The ways of a request, fastest first:
   * Reads of pages that cannot be lent: read into the outbox without waiting (`RWF_NOWAIT`).
   * Writes that fit into the inbox: one system call each. Longer ones are received exactly, or
     moved by the kernel: `Intake`.
-  * Everything else, and all requests to storages that are no plain file: the `Executor`, in a
-    worker thread. So a cold read, a flush or a slow disk never holds the queue up. Replies then
-    come in another order than the requests, which the protocol allows.
+  * Of a storage that is no plain file, what it says it does at once: into the outbox, and
+    from the inbox, too (`prompt`).
+  * Everything else: the `Executor`, in a worker thread. So a cold read, a flush or a slow disk
+    never holds the queue up. Replies then come in another order than the requests, which the
+    protocol allows.
 
 The limits that keep memory bounded, however the client behaves:
 
@@ -54,6 +56,7 @@ from nbdlink.protocol.constants import (
     ReplyType,
 )
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
+from nbdlink.server import prompt
 from nbdlink.server.dispatcher import WHOLE, Dispatcher
 from nbdlink.server.intake import INBOX, HungUpError, Intake, buffer
 from nbdlink.server.lending import COPIED, LONG, Lending, Read
@@ -184,7 +187,8 @@ class Transmission:
         aside = self._aside
         sock, inbox, outbox = session.sock, intake.inbox, self._outbox
         recv_into, send, sendmsg = sock.recv_into, sock.send, sock.sendmsg
-        preadv, pwrite = os.preadv, os.pwrite
+        preadv: prompt.Read = os.preadv
+        pwrite: prompt.Write = os.pwrite
         pack_simple, pack_simple_into = _SIMPLE_WORDS.pack, _SIMPLE_WORDS.pack_into
         pack_data = _STRUCTURED_DATA_WORDS.pack
         header, data_header = intake.request.size, self._form.data.size
@@ -195,7 +199,7 @@ class Transmission:
         a_read = magic << 32 | _READ
         a_write = magic << 32 | (_PAYLOAD << 16 if extended else 0) | _WRITE
         size, misaligned = self._rules.size, self._rules.minimum_block - 1
-        # Only a plain file has the fast ways: up to how many bytes.
+        # How many bytes the fast ways are for. All of them are for a plain file only.
         file, base, in_memory, nowait = -1, 0, True, 0
         short = long = guarded = 0
         whole = -1
@@ -212,6 +216,10 @@ class Transmission:
             whole = -1 if self._export.is_read_only else WHOLE
             parts, reads = self._lending.parts, self._lending.reads
             seen, nowait = None if in_memory else mapping.seen, mapping.nowait
+        elif at_once := self._storage.at_once:
+            preadv, pwrite = prompt.as_system_calls(at_once)
+            in_memory, nowait = at_once.in_memory, at_once.nowait
+            short, whole = COPIED + 1, -1 if at_once.write is None else WHOLE
         quickly = short, long, whole
         lends = False  # whether short reads are sent from the file's pages
         inboxes = 0
@@ -337,10 +345,9 @@ class Transmission:
                         except OSError:
                             count = -1
                         if count != length:
-                            # Once more, by the storage, which knows what to say.
-                            position = lent = self._send_all(position, lent)
+                            # Once more, by the storage, which may wait, and knows what to say.
                             data = inbox[payload:after]
-                            aside.executor.perform(_WRITE, 0, cookie, offset, length, data)
+                            aside.dispatch(_WRITE, 0, cookie, offset, length, data)
                             continue
                         if extended:
                             _EXTENDED_WORDS.pack_into(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
 from nbdlink.protocol.chunks import Extent
@@ -43,6 +43,26 @@ class PlainFile(NamedTuple):
     in_memory: bool
     mapping: FileMapping
     guarded: int = 0
+
+
+class AtOnce(NamedTuple):
+    """What a storage that is no plain file does without waiting, for a thread that must not wait.
+
+    Attributes:
+        read: takes a buffer and an offset. It fills the buffer as `Storage.read_into` does, or
+            gives False, and then the buffer holds anything.
+        write: takes a buffer and an offset. It writes as `Storage.write` does without `fua`, or
+            gives False, and then it is to be written as a whole by `Storage.write`. None where
+            no write is at once.
+        in_memory: whether all of it lies in memory, so that nothing has to be waited for.
+        nowait: whether `read` knows what would have to be waited for. Else both are a matter of
+            how fast the disk is, as writes are anyway.
+    """
+
+    read: Callable[[memoryview, int], bool]
+    write: Callable[[memoryview, int], bool] | None
+    in_memory: bool
+    nowait: bool
 
 
 class Storage(abc.ABC):
@@ -164,6 +184,14 @@ class Storage(abc.ABC):
 
         What the engine does with it must mean the same as `read_into` and `write`; if a system
         call fails or falls short it asks those again, so only they need to know the reasons.
+        """
+        return None
+
+    @property
+    def at_once(self) -> AtOnce | None:
+        """Give what can be done without waiting, or None if nothing is known of that.
+
+        A layer has to say so itself: it may have something to see to.
         """
         return None
 

@@ -41,7 +41,7 @@ class DirectStorage(RawStorage):
         return super().open_error(path, error, read_only=read_only)
 
     @property
-    def plain_file(self) -> None:  # type: ignore[override]
+    def plain_file(self) -> None:
         """None: nobody else knows how to align requests."""
         return None
 
@@ -114,6 +114,11 @@ class DirectFile(PosixFile):
     @property
     def fd(self) -> None:  # type: ignore[override]
         """None: nobody else knows how to align requests."""
+        return None
+
+    @property
+    def nowait(self) -> None:
+        """None: a disk has to be waited for."""
         return None
 
     def read_at(self, buffer: memoryview, position: int) -> None:

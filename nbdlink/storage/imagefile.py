@@ -21,6 +21,7 @@ from typing import Final, Self
 from nbdlink.errors import StorageError
 from nbdlink.storage import blockdev
 from nbdlink.storage.fallocate import PUNCH_HOLE, ZERO_RANGE, attempt
+from nbdlink.storage.mapping import is_in_memory, nowait_flag
 
 _LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
 
@@ -62,6 +63,27 @@ class ImageFile(abc.ABC):
 
         Formats need that: an image's last cluster may be there in part only.
         """
+
+    @property
+    def nowait(self) -> bool | None:
+        """Whether `read_now` never waits; None if it does not read at all."""
+        return None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all of the file is in memory for good."""
+        return False
+
+    def read_now(self, buffer: memoryview, position: int) -> bool:
+        """Fill `buffer` from the page cache.
+
+        Returns:
+            False if it is not there as a whole; then `buffer` holds anything.
+
+        Raises:
+            OSError: as far as the system tells, it would have to be waited for; or it fails.
+        """
+        return False
 
     @abc.abstractmethod
     def write_at(self, buffer: memoryview | bytes, position: int) -> None:
@@ -116,6 +138,7 @@ class PosixFile(ImageFile):
         self._device = device
         self._lost = 0
         self._unsupported: set[int] = set()
+        self._nowait = nowait_flag(fd)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, read_only: bool) -> Self:
@@ -172,6 +195,20 @@ class PosixFile(ImageFile):
             position += count
             count = os.preadv(self._fd, (buffer[-missing:],), position)
             missing -= count
+
+    @property
+    def nowait(self) -> bool | None:
+        """Whether the file system knows such reads."""
+        return self._nowait != 0
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it lies on a file system without a disk."""
+        return not self._device and is_in_memory(self._fd)
+
+    def read_now(self, buffer: memoryview, position: int) -> bool:
+        """Fill `buffer`; what lies behind the end is not there."""
+        return os.preadv(self._fd, (buffer,), position, self._nowait) == len(buffer)
 
     def write_at(self, buffer: memoryview | bytes, position: int) -> None:
         """Write `buffer`."""

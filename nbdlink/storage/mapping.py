@@ -74,7 +74,7 @@ class FileMapping:
         self._fd = fd
         self._start = start
         self._end = start + size
-        self.nowait = _nowait_flag(fd)
+        self.nowait = nowait_flag(fd)
         self._windows: dict[int, Window] = {}
         self._lock = threading.Lock()
         self._next_turn = 0.0
@@ -150,7 +150,8 @@ class FileMapping:
         self._windows.clear()
 
 
-def _nowait_flag(fd: int) -> int:
+def nowait_flag(fd: int) -> int:
+    """Give the flag of reads of a file that do not wait, or 0 if its file system has none."""
     try:
         os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
     except BlockingIOError:

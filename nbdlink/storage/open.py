@@ -13,7 +13,8 @@ The layers, from the file up; each is there only if it has something to do:
     locked ranges   what overlaps is done one after the other
     block sizes     clients are asked for larger blocks
 
-Only a raw file and its policy leave the engine its fast roads (`Storage.plain_file`).
+Only a raw file and its policy leave the engine its fast roads (`Storage.plain_file`), and only a
+qcow2 image and its policy say what they do at once (`Storage.at_once`).
 """
 
 from __future__ import annotations

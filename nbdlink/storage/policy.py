@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Final, Literal
 
-from nbdlink.storage.base import PlainFile, Storage
+from nbdlink.storage.base import AtOnce, PlainFile, Storage
 from nbdlink.storage.layer import Layer
 from nbdlink.storage.zeroes import is_zero
 
@@ -59,6 +59,14 @@ class Policy(Layer):
         if plain and (self._write_through or self._detect_zeroes != "off"):
             return plain._replace(guarded=sys.maxsize)
         return plain
+
+    @property
+    def at_once(self) -> AtOnce | None:
+        """What the storage below does; to read only, if writes need a second look."""
+        below = self.below.at_once
+        if below and (self._write_through or self._detect_zeroes != "off"):
+            return below._replace(write=None)
+        return below
 
     def _durable(self, fua: bool) -> bool:
         return self._flushes and (fua or self._write_through)

@@ -25,7 +25,7 @@ from nbdlink.protocol.constants import (
     AllocationFlag,
 )
 from nbdlink.storage import blockdev
-from nbdlink.storage.base import PlainFile, Storage
+from nbdlink.storage.base import AtOnce, PlainFile, Storage
 from nbdlink.storage.fallocate import (
     ALLOCATE,
     PUNCH_HOLE,
@@ -238,9 +238,23 @@ class RawStorage(Storage):
         self._shared[_SPARSE] = value
 
     @property
-    def plain_file(self) -> PlainFile:
+    def plain_file(self) -> PlainFile | None:
         """The file itself."""
         return PlainFile(self._fd, self.start, self._in_memory, self._mapping)
+
+    @property
+    def at_once(self) -> AtOnce | None:
+        """Reads, for images that lie on this one."""
+        if self.plain_file is None:
+            return None
+        return AtOnce(self._read_now, None, self._in_memory, self._mapping.nowait != 0)
+
+    def _read_now(self, buffer: memoryview, offset: int) -> bool:
+        try:
+            flags = self._mapping.nowait
+            return os.preadv(self._fd, (buffer,), self.start + offset, flags) == len(buffer)
+        except OSError:
+            return False
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer`; EIO where the file has been truncated below the export's size."""

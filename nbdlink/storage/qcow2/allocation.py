@@ -175,6 +175,49 @@ class Writer:
                 return self._prepare_extended(table, offset, length)
             return self._prepare_standard(table, offset, length)
 
+    def prepare_at_once(self, offset: int, length: int) -> Run | Allocation | None:
+        """Do what `prepare` does, or give None if that might have to wait.
+
+        It would have to for a lock, for another write, for the disk, or for what lies around the
+        range and has to be copied with it.
+
+        Raises:
+            OSError: as `prepare`.
+        """
+        image, geometry = self.image, self.image.geometry
+        index = offset >> geometry.cluster_bits
+        number = index >> geometry.l2_bits
+        if geometry.extended or not image.lock.acquire(blocking=False):
+            return None
+        try:
+            entry = image.l1[number]
+            if index in self.in_flight or (entry and number not in image.tables):
+                return None
+            if entry and not entry & COPIED:
+                return None
+            if not self.refcounts.has_at_hand() or image.damage is not None:
+                return None
+            table = self.writable_table(number)
+            if not self._stands_alone(table, offset, length):
+                return None
+            return self._prepare_standard(table, offset, length)
+        finally:
+            image.lock.release()
+
+    def _stands_alone(self, table: L2Table, offset: int, length: int) -> bool:
+        """Tell whether new clusters for a range need nothing of what is around it but zeroes."""
+        geometry = self.image.geometry
+        end = min(offset + length, (offset // geometry.covered + 1) * geometry.covered)
+        for place in (offset, end):
+            if place & geometry.cluster_mask:
+                index = place >> geometry.cluster_bits
+                entry = table.words[index & geometry.l2_mask]
+                kind, _ = self.image.standard_entry(entry)
+                own = kind is Kind.DATA and entry & COPIED
+                if not own and not self.reads_as_zeroes(kind, index << geometry.cluster_bits):
+                    return False
+        return True
+
     def _prepare_standard(self, table: L2Table, offset: int, length: int) -> Run | Allocation:
         image, geometry = self.image, self.image.geometry
         bits, size = geometry.cluster_bits, geometry.cluster_size

@@ -180,6 +180,16 @@ class Image:
         if geometry.extended:
             with self.lock:
                 return self._extended_run(table, offset, length)
+        return self.standard_run(table, offset, length)
+
+    def standard_run(self, table: L2Table, offset: int, length: int) -> Run:
+        """Tell what a range begins with by its table of standard entries; it takes no lock.
+
+        Raises:
+            OSError: EIO, the table is damaged.
+        """
+        geometry = self.geometry
+        index = offset >> geometry.cluster_bits
         words = table.words
         at = index & geometry.l2_mask
         entry = words[at]

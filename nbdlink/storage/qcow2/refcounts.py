@@ -182,6 +182,15 @@ class Refcounts:
             self.metadata.discard(cluster)
             self._hint = min(self._hint, cluster)
 
+    def has_at_hand(self) -> bool:
+        """Tell whether `allocate` can give two clusters, one after the other, without the disk."""
+        index, within = divmod(self._hint, self.per_block)
+        block = self._blocks.get(index)
+        if block is None:
+            return False
+        free = block.counts.find_free(within)
+        return free >= 0 and free + 1 < self.per_block and block.counts.find_free(free + 1) > 0
+
     def allocate(self, wanted: int, *, for_metadata: bool = False) -> Area:
         """Find free clusters that follow each other, and set their refcounts to 1.
 

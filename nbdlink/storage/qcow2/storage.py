@@ -1,8 +1,9 @@
 """A qcow2 image with all that lies behind it, served byte by byte.
 
 Reads and writes of clusters that are there take no lock: the table is looked at, and the kernel
-is asked. Everything that changes tables goes through `allocation` and `clearing`, and reaches
-the disk by `writeback`, where it is said what a power cut can do and what it cannot.
+is asked (`atonce`, where requests are that must not wait). Everything that changes tables goes
+through `allocation` and `clearing`, and reaches the disk by `writeback`, where it is said what a
+power cut can do and what it cannot.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from typing import Final, Self
 from nbdlink.errors import StorageError
 from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, BITMAP_CONTEXT, DEPTH_CONTEXT
-from nbdlink.storage.base import Storage
+from nbdlink.storage.base import AtOnce, Storage
 from nbdlink.storage.chain import NO_CHAIN, Chain, Wanted
 from nbdlink.storage.imagefile import ImageFile
 from nbdlink.storage.qcow2 import extents
 from nbdlink.storage.qcow2.allocation import Writer
+from nbdlink.storage.qcow2.atonce import Places, ShortWays
 from nbdlink.storage.qcow2.backing import MAX_DEPTH, backing_of, probe
 from nbdlink.storage.qcow2.bitmaps import Bitmaps
 from nbdlink.storage.qcow2.clearing import can_clear, clear
-from nbdlink.storage.qcow2.image import Image, L2Table, read_header
+from nbdlink.storage.qcow2.image import Image, read_header
 from nbdlink.storage.qcow2.opening import (
     Access,
     OpenFile,
@@ -42,7 +44,6 @@ from nbdlink.storage.qcow2.opening import (
     signature_of,
 )
 from nbdlink.storage.qcow2.refcounts import Refcounts, has_more_clusters_than_blocks
-from nbdlink.storage.qcow2.tables import COPIED, Kind, subcluster_bits
 from nbdlink.storage.qcow2.transfer import ZEROES, Reader, read_ahead, write_parts
 from nbdlink.storage.qcow2.writeback import Epochs, WriteBack
 
@@ -93,15 +94,8 @@ class Qcow2Storage(Storage):
         self.can_cache = image.data.fd is not None
         self._has_holes: bool | None = None
         self._closed = False
-        # For the short ways through.
-        self._extended = geometry.extended
-        self._not_plain = geometry.not_plain
-        self._offset_mask = geometry.offset_mask
         self._bits = geometry.cluster_bits
         self._mask = geometry.cluster_mask
-        self._table_bits = geometry.cluster_bits + geometry.l2_bits
-        self._l2_mask = geometry.l2_mask
-        self._external = image.data is not image.file
         self._writeback = WriteBack(image, self._epochs, discard=discard)
         self._writer: Writer | None = None
         self._refcounts: Refcounts | None = None
@@ -114,6 +108,10 @@ class Qcow2Storage(Storage):
             bitmaps.begin_tracking()
             self.can_fast_zero = image.header.version >= 3
             self.can_trim = can_clear(self._writer, may_trim=True)
+        self._places = Places(image, self._refcounts)
+        self._short = ShortWays(
+            image, self._epochs, self._places, bitmaps, self._reader, self._writer, backing
+        )
 
     @classmethod
     def open(
@@ -225,124 +223,33 @@ class Qcow2Storage(Storage):
         users = self._epochs.users
         users.append(None)
         try:
-            # The short way for what is within a cluster, as `_plain_entry` but for a call less.
-            table = self._image.tables.get(offset >> self._table_bits)
-            within = offset & self._mask
-            if table is not None and within + len(buffer) <= self._mask + 1:
-                if self._extended:
-                    entry = self._plain_entry(table, offset, len(buffer))
-                else:
-                    entry = table.words[offset >> self._bits & self._l2_mask]
-                position = entry & self._offset_mask
-                if position and not entry & self._not_plain:
-                    self._data.read_at(buffer, position + within)
-                    return
-            self._reader.read(buffer, offset)
+            position = self._places.of(offset, len(buffer))
+            if position:
+                self._data.read_at(buffer, position)
+            else:
+                self._reader.read(buffer, offset)
         finally:
             users.pop()
 
-    def _is_plain(self, offset: int, length: int) -> bool:
-        """Tell whether a range is within a cluster and all data, if that is seen at once."""
-        table = self._image.tables.get(offset >> self._table_bits)
-        if table is None or (offset & self._mask) + length > self._mask + 1:
-            return False
-        entry = self._plain_entry(table, offset, length)
-        return bool(entry & self._offset_mask) and not entry & self._not_plain
-
-    def _plain_entry(self, table: L2Table, offset: int, length: int) -> int:
-        """Give the L2 entry of a range within a cluster; 0 if that is not allocated as a whole.
-
-        The two words of an extended entry are read without the lock. Whoever links a cluster
-        stores the first word first, and it holds all subclusters that the second word says are
-        allocated, before and after that is stored too. While a request is under way no cluster
-        comes back to where it was (`Epochs`). So if the first word is the same before and after
-        the second one was read, the two belong together.
-        """
-        at = offset >> self._bits & self._l2_mask
-        words = table.words
-        if not self._extended:
-            return words[at]
-        at *= 2
-        entry, bitmap = words[at], words[at + 1]
-        granule = self._image.geometry.granule
-        within = offset & self._mask
-        bits = subcluster_bits(within // granule, (within + length - 1) // granule)
-        if entry & self._not_plain or bitmap & bits != bits or bitmap & bits << 32:
-            return 0
-        return entry if words[at] == entry else 0
-
-    def locate(self, offset: int, length: int) -> tuple[int, int, int] | None:
-        """Tell where in a file a range begins, for system calls to read it directly.
-
-        The answer holds for as long as the caller has joined `users`, which it must have done
-        before it asked.
-
-        Returns:
-            The file, the position, and how many bytes of the range follow each other there;
-            None if it does not begin with plain data.
-
-        Raises:
-            OSError: the tables are damaged, or cannot be read.
-        """
-        fd = self._data.fd
-        if fd is None:
-            return None
-        table = self._image.tables.get(offset >> self._table_bits)
-        within = offset & self._mask
-        if table is not None and within + length <= self._mask + 1:
-            entry = self._plain_entry(table, offset, length)
-            position = entry & self._offset_mask
-            if position and not entry & self._not_plain:
-                return fd, position + within, length
-        run = self._image.run_at(offset, length)
-        return (fd, run.position, run.length) if run.kind is Kind.DATA else None
-
-    def locate_for_write(self, offset: int, length: int) -> tuple[int, int, int] | None:
-        """Tell where in a file a range can be overwritten, as `locate` does for reading.
-
-        The range begins with clusters that only the active tables refer to, nothing but data
-        has to be written, and no bitmap follows.
-        """
-        fd = self._data.fd
-        if fd is None or self._bitmaps.is_tracking or self._image.damage is not None:
-            return None
-        length = min(length, self._mask + 1 - (offset & self._mask))
-        place = self._plain_place(offset, length)
-        return None if place is None else (fd, place, length)
-
     @property
-    def users(self) -> list[None]:
-        """Who uses what `locate` says: take the list, append None to it, and pop afterwards.
-
-        It is not always the same list, so what is popped must be the one that was taken.
-        """
-        return self._epochs.users
+    def at_once(self) -> AtOnce | None:
+        """What needs nothing but tables in memory and the page cache."""
+        data, backing = self._data, self.backing
+        if data.nowait is None:
+            return None
+        below = backing.at_once if backing else None
+        return AtOnce(
+            self._short.read,
+            None if self.read_only else self._short.write,
+            in_memory=data.in_memory and (not backing or (below is not None and below.in_memory)),
+            nowait=data.nowait and (not below or below.nowait),
+        )
 
     def cache(self, offset: int, length: int) -> None:
         """Have the kernel read ahead what can be read without unpacking it."""
         read_ahead(self._image, self.backing, offset, length)
 
     # Writing.
-
-    def _plain_place(self, offset: int, length: int) -> int | None:
-        """Give where a range within a cluster may be overwritten, or None."""
-        table = self._image.tables.get(offset >> self._table_bits)
-        if table is None:
-            return None
-        entry = self._plain_entry(table, offset, length)
-        position = entry & self._offset_mask
-        if entry & self._not_plain or not entry & COPIED or not position:
-            return None
-        if self._external:
-            if position != offset & ~self._mask:
-                return None  # the long way finds the words for it
-        else:
-            refcounts = self._refcounts
-            assert refcounts is not None
-            number = position >> self._bits
-            if number in refcounts.metadata or number >= refcounts.end:
-                return None  # the long way finds the words for it
-        return position + (offset & self._mask)
 
     def write(self, buffer: memoryview, offset: int, fua: bool) -> None:
         """Write `buffer`, to new clusters where there are none of its own."""
@@ -356,15 +263,13 @@ class Qcow2Storage(Storage):
             self.flush()
 
     def _write(self, buffer: memoryview, offset: int) -> None:
-        length = len(buffer)
         users = self._epochs.users
         users.append(None)
         try:
-            if (offset & self._mask) + length <= self._mask + 1:
-                place = self._plain_place(offset, length)
-                if place is not None:
-                    self._data.write_at(buffer, place)
-                    return
+            position = self._places.to_overwrite(offset, len(buffer))
+            if position:
+                self._data.write_at(buffer, position)
+                return
         finally:
             users.pop()
         if self._writeback.is_crowded:
@@ -373,7 +278,7 @@ class Qcow2Storage(Storage):
         users.append(None)
         try:
             assert self._writer is not None
-            write_parts(self._reader, self._writer, buffer, offset)
+            write_parts(self._reader, self._writer, buffer, offset, self._writer.prepare)
         finally:
             users.pop()
 
@@ -479,7 +384,7 @@ class Qcow2Storage(Storage):
         else:
             if self._has_holes is None:
                 self._has_holes = has_more_clusters_than_blocks(self._image)
-            if not self._has_holes and self._is_plain(offset, length):
+            if not self._has_holes and self._places.of(offset, length):
                 return iter((Extent(length, 0),))  # asked for before every short read
             found = extents.allocation(
                 self._image, self.backing, offset, length, look_below=self._has_holes

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Final
 
 from nbdlink.storage.base import Storage
-from nbdlink.storage.qcow2.allocation import Writer
+from nbdlink.storage.qcow2.allocation import Allocation, Writer
 from nbdlink.storage.qcow2.image import Image
 from nbdlink.storage.qcow2.tables import Kind, Run
 
@@ -43,7 +44,7 @@ class Reader:
                     behind = max(0, min(run.length, self._backing.size - offset))
                     if behind:
                         self._backing.read_into(part[:behind], offset)
-                _fill_zeroes(part[behind:])
+                fill_zeroes(part[behind:])
             done += run.length
             offset += run.length
 
@@ -64,7 +65,8 @@ def read_ahead(image: Image, backing: Storage | None, offset: int, length: int) 
         length -= run.length
 
 
-def _fill_zeroes(buffer: memoryview) -> None:
+def fill_zeroes(buffer: memoryview) -> None:
+    """Have all of `buffer` be zeroes."""
     at, length = 0, len(buffer)
     while at < length:
         count = min(length - at, len(ZEROES))
@@ -72,8 +74,24 @@ def _fill_zeroes(buffer: memoryview) -> None:
         at += count
 
 
-def write_parts(reader: Reader, writer: Writer, buffer: memoryview, offset: int) -> None:
+def write_parts(
+    reader: Reader,
+    writer: Writer,
+    buffer: memoryview,
+    offset: int,
+    prepare: Callable[[int, int], Run | Allocation | None],
+) -> bool:
     """Write `buffer`, to clusters that are there or to new ones, see `allocation`.
+
+    Args:
+        reader: tells what is around it in its clusters.
+        writer: links new clusters.
+        buffer: what to write.
+        offset: where the guest sees it.
+        prepare: `Writer.prepare`, or `Writer.prepare_at_once`.
+
+    Returns:
+        False if there was no place to be had at once; a part of it may have been written.
 
     Raises:
         OSError: the rest of it was not written.
@@ -81,7 +99,9 @@ def write_parts(reader: Reader, writer: Writer, buffer: memoryview, offset: int)
     data = writer.image.data
     done, length = 0, len(buffer)
     while done < length:
-        place = writer.prepare(offset, length - done)
+        place = prepare(offset, length - done)
+        if place is None:
+            return False
         if isinstance(place, Run):
             count = place.length
             data.write_at(buffer[done : done + count], place.position)
@@ -100,6 +120,7 @@ def write_parts(reader: Reader, writer: Writer, buffer: memoryview, offset: int)
                 raise
         done += count
         offset += count
+    return True
 
 
 def _with_surroundings(

@@ -47,6 +47,14 @@ class Recorder(ImageFile):
             data = self.now[position : position + len(buffer)]
         buffer[:] = data.ljust(len(buffer), b"\0")
 
+    @property
+    def nowait(self):
+        return True
+
+    def read_now(self, buffer, position):
+        self.read_at(buffer, position)
+        return True
+
     def write_at(self, buffer, position):
         data = bytes(buffer)
         with self._lock:

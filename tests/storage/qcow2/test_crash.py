@@ -22,6 +22,7 @@ from nbdlink.storage.qcow2 import Qcow2Storage, image, refcounts
 
 from . import qemu
 from .crash import SECTOR, Recorder
+from .ways import write, write_promptly
 
 STATES = int(os.environ.get("NBDLINK_CRASH_STATES", "14"))
 ZEROES = bytes(SECTOR)
@@ -64,7 +65,7 @@ class Disk:
         self.number += 1
         data = pattern(self.number, offset, length)
         self._note(offset, data)
-        self.storage.write(memoryview(data), offset, False)
+        (write if self.number % 2 else write_promptly)(self.storage, data, offset)
         self.content[offset : offset + length] = data
 
     def zero(self, offset, length, may_trim):
@@ -266,11 +267,11 @@ def test_a_power_cut_while_many_threads_write(options, folder):
             sector = rnd.randrange(size // SECTOR // workers) * workers + me
             if sector % 64 < 48:
                 data = pattern(turn, sector * SECTOR, SECTOR)
-                storage.write(memoryview(data), sector * SECTOR, False)
+                write_promptly(storage, data, sector * SECTOR)
                 mine[sector] = turn
             else:  # nobody writes to the last clusters but for giving them back again
                 begin = sector // 64 * 64 * SECTOR + 48 * SECTOR
-                storage.write(memoryview(pattern(turn, begin, 16 * SECTOR)), begin, False)
+                write_promptly(storage, pattern(turn, begin, 16 * SECTOR), begin)
                 storage.trim(begin, 16 * SECTOR, False)
             if rnd.random() < 0.15:
                 durable = dict(mine)

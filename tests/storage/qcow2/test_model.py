@@ -29,6 +29,7 @@ SIZE = 300 * K + 512
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 offsets = st.integers(0, SIZE - 1) | st.integers(0, SIZE // 4096).map(lambda n: n * 4096)
+ways = st.sampled_from(["at once", "plain", "fua"])
 lengths = st.integers(1, 3000) | st.integers(1, 30).map(lambda n: n * 4096)
 
 
@@ -71,10 +72,12 @@ class QcowMachine(RuleBasedStateMachine):
         offset = min(offset, SIZE - 1)
         return offset, min(length, SIZE - offset)
 
-    @rule(offset=offsets, length=lengths, byte=st.integers(1, 255), fua=st.booleans())
-    def write(self, offset, length, byte, fua):
+    @rule(offset=offsets, length=lengths, byte=st.integers(1, 255), how=ways)
+    def write(self, offset, length, byte, how):
         offset, length = self._range(offset, length)
-        self.storage.write(memoryview(bytes([byte]) * length), offset, fua)
+        data = memoryview(bytes([byte]) * length)
+        if how != "at once" or not self.storage.at_once.write(data, offset):
+            self.storage.write(data, offset, how == "fua")
         self.model[offset : offset + length] = bytes([byte]) * length
 
     @rule(offset=offsets, length=lengths, may_trim=st.booleans())
@@ -93,6 +96,13 @@ class QcowMachine(RuleBasedStateMachine):
     @rule()
     def flush(self):
         self.storage.flush()
+
+    @rule(offset=offsets, length=lengths)
+    def look_at_once(self, offset, length):
+        offset, length = self._range(offset, length)
+        buffer = bytearray(length)
+        if self.storage.at_once.read(memoryview(buffer), offset):
+            assert buffer == self.model[offset : offset + length]
 
     @rule()
     def look(self):

@@ -381,23 +381,7 @@ def test_a_snapshot_cannot_be_written_to(with_snapshots):
         Qcow2Storage.open(with_snapshots, snapshot="1")
 
 
-# Short ways.
-
-
-def test_plain_data_is_located_in_the_file(folder, opened):
-    storage = opened(written(qemu.create(folder / "disk.qcow2", SIZE)))
-    offsets = range(0, SIZE - 512, 32 * K)
-    found = {offset: place for offset in offsets if (place := storage.locate(offset, 512))}
-    assert found
-    for offset, (fd, position, count) in found.items():
-        assert os.pread(fd, count, position) == read(storage, offset, 512)
-
-
-def test_nothing_is_located_where_there_is_no_data(folder, opened):
-    path = written(qemu.create(folder / "disk.qcow2", SIZE))
-    storage = opened(path)
-    assert storage.locate(2 * K * K, 512) is None  # zeroes
-    assert storage.locate(2600 * K, 512) is None  # nothing
+# Hints, and processes.
 
 
 def test_a_range_is_read_ahead_through_the_whole_chain(folder, opened, monkeypatch):

@@ -13,10 +13,12 @@ from nbdlink.storage.imagefile import PosixFile
 from nbdlink.storage.qcow2 import Qcow2Storage
 
 from . import qemu
+from .ways import read, read_promptly, write, write_promptly
 
 K = 1024
 CLUSTER = 64 * K
 SECTOR = 512
+WAYS = ((read, write), (read_promptly, write_promptly))
 
 
 class Gated(PosixFile):
@@ -81,16 +83,6 @@ class Slow:
         self.thread.join(30)
         assert not self.thread.is_alive()
         return self.result
-
-
-def read(storage, offset, length):
-    buffer = bytearray(length)
-    storage.read_into(memoryview(buffer), offset)
-    return bytes(buffer)
-
-
-def write(storage, data, offset):
-    storage.write(memoryview(data), offset, False)
 
 
 @pytest.fixture
@@ -223,12 +215,13 @@ def test_every_sector_is_what_its_owner_wrote(options, snapshot, folder):
 
     def work(me):
         rnd = random.Random(me)
+        get, put = WAYS[me % 2]
         for turn in range(1, 150):
             # Whole requests of sectors that are side by side with other workers' ones.
             number = rnd.randrange(len(model) // workers) * workers + me
             match rnd.randrange(8):
                 case 0 | 1 | 2 | 3:
-                    write(storage, sector(number, turn), number * SECTOR)
+                    put(storage, sector(number, turn), number * SECTOR)
                     model[number] = turn
                 case 4:
                     at = number * SECTOR
@@ -238,12 +231,12 @@ def test_every_sector_is_what_its_owner_wrote(options, snapshot, folder):
                     storage.flush()
                 case _:
                     first = rnd.randrange(len(model) - 40)
-                    found = read(storage, first * SECTOR, 40 * SECTOR)
+                    found = get(storage, first * SECTOR, 40 * SECTOR)
                     for i in range(40):
                         check(first + i, found[i * SECTOR : (i + 1) * SECTOR])
             turn_of = model[number]
             expected = bytes(SECTOR) if turn_of is None else sector(number, turn_of)
-            assert read(storage, number * SECTOR, SECTOR) == expected
+            assert get(storage, number * SECTOR, SECTOR) == expected
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(workers)))
@@ -262,16 +255,17 @@ def test_clusters_that_come_and_go_never_show_what_belongs_elsewhere(folder):
 
     def work(me):
         rnd = random.Random(me)
+        get, put = WAYS[me % 2]
         for _ in range(200):
             number = rnd.randrange(clusters)
             at = number * 4 * K
             match rnd.randrange(5):
                 case 0 | 1:
-                    write(storage, bytes([number + 1]) * rnd.choice((512, 4096)), at)
+                    put(storage, bytes([number + 1]) * rnd.choice((512, 4096)), at)
                 case 2:
                     storage.trim(at, 4 * K, rnd.random() < 0.3)
                 case _:
-                    assert set(read(storage, at, 4 * K)) <= {0, number + 1}
+                    assert set(get(storage, at, 4 * K)) <= {0, number + 1}
 
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(work, range(workers)))

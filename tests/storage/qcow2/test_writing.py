@@ -252,48 +252,7 @@ def test_version_2_cannot_zero_fast_over_a_backing_file(folder, opened):
     assert read(storage) == b"b" * SIZE
 
 
-# Short ways.
-
-
-def test_a_cluster_of_the_image_alone_is_located_for_writing(folder, opened):
-    path = qemu.create(folder / "disk.qcow2", SIZE)
-    storage = opened(path)
-    assert storage.locate_for_write(0, 512) is None
-    write(storage, b"x" * 64 * K, 0)
-    fd, position, count = storage.locate_for_write(512, SIZE - 512)
-    assert count == 63 * K + 512
-    os.pwrite(fd, b"y" * count, position)
-    assert read(storage, 0, 64 * K) == b"x" * 512 + b"y" * count
-
-
-def test_subclusters_that_are_there_are_located_for_writing(folder, opened):
-    path = qemu.create(folder / "disk.qcow2", SIZE, options="extended_l2=on")
-    storage = opened(path)
-    write(storage, b"x" * 4 * K, 8 * K)
-    fd, position, count = storage.locate_for_write(8 * K, 4 * K)
-    os.pwrite(fd, b"y" * count, position)
-    assert read(storage, 8 * K, 4 * K) == b"y" * 4 * K
-    assert storage.locate_for_write(8 * K, 5 * K) is None
-    assert storage.locate_for_write(6 * K, 4 * K) is None
-    assert storage.locate(8 * K, 4 * K)[:2] == (fd, position)
-
-
-def test_a_cluster_that_a_snapshot_has_too_is_not_located_for_writing(folder, opened):
-    path = qemu.create(folder / "disk.qcow2", SIZE)
-    qemu.io(path, "write 0 1M")
-    qemu.run("qemu-img", "snapshot", "-c", "s", path)
-    storage = opened(path)
-    read(storage)
-    assert storage.locate_for_write(0, 512) is None
-
-
-def test_nothing_is_located_for_writing_that_a_bitmap_follows(folder, opened):
-    path = qemu.create(folder / "disk.qcow2", SIZE)
-    qemu.io(path, "write 0 1M")
-    qemu.run("qemu-img", "bitmap", "--add", "-f", "qcow2", path, "b")
-    storage = opened(path)
-    read(storage)
-    assert storage.locate_for_write(0, 512) is None
+# What others know of it.
 
 
 def test_a_writer_is_one_process(folder, opened):
