@@ -20,6 +20,8 @@ test="$test systemd"
 test="$test file"
 # To break connections off on their way.
 test="$test nftables"
+# To ask for metrics as others do.
+test="$test curl"
 # To ask another TLS library, and as a client and server of plain TLS.
 test="$test openssl"
 bench="gcc libc6-dev nbdkit-plugin-dev"

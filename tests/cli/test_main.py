@@ -35,7 +35,7 @@ def test_the_version_is_printed(capsys):
         ([], "VERB"),
         (["nonsense"], "'nonsense'"),
         (["list", "--nonsense"], "--nonsense"),
-        (["info"], "WHAT"),
+        (["info"], "TARGET|DEVICE"),
         (["serve", "--cache", "x", "y"], "--cache"),
         (["qemu-nbd", "--cache", "x", "y"], "--cache"),
     ],
