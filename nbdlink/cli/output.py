@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 # What a state looks like at a glance.
-STATE_STYLES = {"attached": "green", "ok": "green", "warning": "yellow", "unknown": "yellow"}
+STATE_STYLES = {
+    "attached": "green",
+    "ok": "green",
+    "warning": "yellow",
+    "unknown": "yellow",
+    "failed": "bold red",
+}
 
 
 def print_json(value: Any) -> None:
@@ -63,6 +69,49 @@ def _print_rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) ->
     for row in cells:
         table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in row))
     Console().print(table)
+
+
+_STATUS_WIDTH, _CHECK_WIDTH = 9, 19
+
+
+def print_finding(status: str, check: str, found: str, remedy: str | None) -> None:
+    """Print one thing that was looked at, with its remedy in lines of its own, at once.
+
+    On a terminal what does not fit into a line goes on below, under the words; a pipe gets one
+    line each.
+    """
+    import textwrap
+
+    indent = " " * (_STATUS_WIDTH + _CHECK_WIDTH)
+    lines = [printable(found)] + ([f"-> {printable(remedy)}"] if remedy else [])
+    if sys.stdout.isatty():
+        width = max(24, screen_size()[0] - len(indent))
+        lines = [
+            line
+            for text in lines
+            for line in textwrap.wrap(
+                text,
+                width,
+                subsequent_indent="   " if text.startswith("-> ") else "",
+                break_on_hyphens=False,
+            )
+        ]
+    rest = f"{check.ljust(_CHECK_WIDTH - 1)} {lines[0]}"
+    _print_styled((status.ljust(_STATUS_WIDTH), STATE_STYLES.get(status, "")), (rest, ""))
+    for line in lines[1:]:
+        print(indent + line)
+    sys.stdout.flush()
+
+
+def _print_styled(*words: tuple[str, str]) -> None:
+    """Print a line of words in their styles, if a terminal is there to show them."""
+    if not sys.stdout.isatty():
+        print("".join(text for text, _ in words))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    Console().print(Text.assemble(*words), soft_wrap=True)
 
 
 def print_sheet(title: str, values: Mapping[str, object]) -> None:

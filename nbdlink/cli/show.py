@@ -247,7 +247,7 @@ def run_info(arguments: argparse.Namespace) -> int:
     """Print everything known of one export or one device."""
     from nbdlink.cli import output
 
-    if (index := _device_index(arguments.target)) is not None:
+    if (index := device_index(arguments.target)) is not None:
         sheet = device_as_json(index)
         if arguments.json:
             output.print_json(sheet)
@@ -284,7 +284,7 @@ def run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _device_index(what: str) -> int | None:
+def device_index(what: str) -> int | None:
     """Tell a device (or an attached link's name) from a server."""
     from nbdlink.link.attach import attached_records, find
 

@@ -92,6 +92,7 @@ class Negotiation:
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         security: Security | None = None,
+        sock: socket.socket | None = None,
     ) -> None:
         """Connect to `target`, exchange the flags and begin TLS, if that is wanted.
 
@@ -99,6 +100,7 @@ class Negotiation:
             target: the server; its export name is only the default of the methods below.
             timeout: seconds for the whole handshake, or None for ever.
             security: what is demanded of TLS; None for what the target says.
+            sock: a connection to it, which is taken over; None to make one.
 
         Raises:
             TransportError: no connection, or none in time.
@@ -117,7 +119,7 @@ class Negotiation:
         self._selected: tuple[str, dict[str, int]] = ("", {})
         self._deadline = Deadline(timeout)
         self._machine = Handshake(Role.CLIENT)
-        self._socket: Wire = stream.connect(target, self._deadline)
+        self._socket: Wire = sock or stream.connect(target, self._deadline)
         try:
             greeting = self._receive()
             assert isinstance(greeting, Greeting)

@@ -76,6 +76,9 @@ def test_a_wrong_command_line_ends_with_2(words, capsys):
         (["attach", "h", "--block-size", "0"], 2, "block size of 0"),
         (["attach", "h", "--block-size", "8K"], 2, "block size of 8192"),
         (["attach", "h", "/dev/nbd4294967296"], 1, "cannot exist"),
+        (["doctor", "--tls", "require"], 2, "yet no TARGET"),
+        (["doctor", "nbds://h", "--tls", "off"], 2, "contradicts"),
+        (["doctor", "/dev/nbd4294967296"], 1, "cannot exist"),
     ],
 )
 def test_a_mistake_gets_one_clear_line_and_its_status(words, status, says, capsys):

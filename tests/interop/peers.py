@@ -81,10 +81,10 @@ def qemu_nbd_of(uri: str, folder: Path, *, read_only: bool = False) -> Iterator[
 
 
 @contextlib.contextmanager
-def qemu_nbd(image: Path, folder: Path) -> Iterator[Target]:
-    """Serve `image` by qemu-nbd, to any number of clients, under a name."""
+def qemu_nbd(image: Path, folder: Path, *, shared: int = 0) -> Iterator[Target]:
+    """Serve `image` by qemu-nbd under a name, to `shared` clients at a time (0: any number)."""
     target = Target(socket=str(folder / "qemu.sock"), export="data")
-    command = ["qemu-nbd", "-k", str(target.socket), "-t", "-e", "0", "-f", "raw"]
+    command = ["qemu-nbd", "-k", str(target.socket), "-t", "-e", str(shared), "-f", "raw"]
     command += ["-x", "data", "-D", "a description", str(image)]
     with _running(command, target):
         yield target

@@ -1,8 +1,8 @@
-"""What a machine needs in order to attach devices, looked at one thing at a time.
+"""What a machine needs in order to attach devices, tried one thing at a time.
 
-Looking only: no device is touched, and no module loaded but what the kernel loads itself when it
-is tried (`tls`, socket diagnosis). Each finding says how to mend what is missing, because whoever
-asks has a device that does not come up.
+No device is touched, and nothing is loaded but what attaching would load: `nbd` itself, by root,
+and what the kernel loads itself when it is tried (`tls`, socket diagnosis). Each finding says how
+to mend what is missing, because whoever asks has a device that does not come up.
 """
 
 from __future__ import annotations
@@ -12,43 +12,28 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from nbdlink import kernel
 from nbdlink.errors import NBDError
-from nbdlink.kernel import module, sockets, sysfs, udev
+from nbdlink.kernel import module, sockets, sysfs, udev, usage
 from nbdlink.link import installation, record
-
-Status = Literal["ok", "warning", "failed"]
+from nbdlink.link.checkup.clock import examine_clock
+from nbdlink.link.checkup.finding import Finding, failed
+from nbdlink.link.config import files
 
 _CAP_SYS_ADMIN = 21
+_ALL_USERS = ["0", "0", "4294967295"]
+"""The mapping of users where there is none: in the first user namespace."""
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at.
-
-    Attributes:
-        check: what.
-        status: "failed" if devices cannot be attached because of it.
-        found: what is there.
-        remedy: what to do about it, or None.
-    """
-
-    check: str
-    status: Status
-    found: str
-    remedy: str | None = None
+_MODULES = Path("/lib/modules")
 
 
 def examine() -> Iterator[Finding]:
     """Look at everything, the most fundamental first."""
-    loaded = module.loaded()
-    yield _kernel_module(loaded)
+    yield _kernel_module()
     yield _rights()
-    if loaded:
+    if module.loaded():
         yield _netlink()
         yield _moves()
         yield _nodes()
@@ -58,17 +43,27 @@ def examine() -> Iterator[Finding]:
     yield _udev()
     yield _rules_and_units()
     yield _records()
+    yield _configuration()
     yield _kernel_tls()
+    yield examine_clock()
 
 
-def _kernel_module(loaded: bool) -> Finding:
+def _kernel_module() -> Finding:
+    check = "kernel module"
     release = os.uname().release
-    if loaded:
-        return Finding("kernel module", "ok", f"nbd is in Linux {release}")
+    if module.loaded():
+        return Finding(check, "ok", f"nbd is in Linux {release}")
+    if os.geteuid() == 0:
+        # As attaching would: only then it is known whether it can be.
+        try:
+            module.require()
+        except NBDError as error:
+            return missing_module(str(error), release)
+        return Finding(check, "ok", f"nbd is in Linux {release}; it has been loaded just now")
     modprobe = shutil.which("modprobe", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if modprobe is None:
         return Finding(
-            "kernel module",
+            check,
             "failed",
             "nbd is not loaded, and there is no modprobe to load it",
             "install kmod",
@@ -77,18 +72,44 @@ def _kernel_module(loaded: bool) -> Finding:
     done = subprocess.run([modprobe, "-n", "nbd"], capture_output=True, check=False)
     if done.returncode == 0:
         return Finding(
-            "kernel module",
+            check,
             "warning",
             f"nbd is not loaded in Linux {release}, but it can be",
             "none is needed: attaching loads it; or as root: modprobe nbd",
         )
-    return Finding(
-        "kernel module",
-        "failed",
-        f"Linux {release} has no nbd module",
-        "install the kernel's modules (Debian: the linux-image package that is running), "
-        "or use a kernel that has nbd",
-    )
+    return missing_module(f"Linux {release} has no nbd module", release)
+
+
+def missing_module(found: str, release: str, modules: Path = _MODULES) -> Finding:
+    """Say what to do about a driver that is not to be had.
+
+    Args:
+        found: what is wrong.
+        release: of the running kernel.
+        modules: the folder with a folder of modules for each kernel.
+    """
+    others = sorted(path.parent.name for path in modules.glob("*/modules.dep"))
+    if (modules / release).is_dir():
+        remedy = (
+            "this kernel was built without nbd, or its package of extra modules is missing "
+            "(Ubuntu: linux-modules-extra, Fedora: kernel-modules-extra); or use another kernel"
+        )
+        if any((modules / release).rglob("nbd.ko*")):
+            remedy = (
+                "the module is there, and was refused: `dmesg` tells why (a signature that Secure "
+                "Boot does not know, another kernel's module), or /etc/modprobe.d forbids it"
+            )
+    elif others:
+        remedy = (
+            f"there are modules for {', '.join(others)} only: the kernel was updated, so reboot; "
+            "or install those of the kernel that is running"
+        )
+    else:
+        remedy = (
+            "install the kernel's modules (Debian: the linux-image package that is running), or "
+            "use a kernel that has nbd; in a container the host has to load it"
+        )
+    return Finding("kernel module", "failed", found, remedy)
 
 
 def _rights() -> Finding:
@@ -96,14 +117,21 @@ def _rights() -> Finding:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             capabilities = int(line.split()[1], 16)
-    if capabilities >> _CAP_SYS_ADMIN & 1:
-        return Finding("rights", "ok", "CAP_SYS_ADMIN, which attaching takes")
-    return Finding(
-        "rights",
-        "failed",
-        "no CAP_SYS_ADMIN, which attaching and detaching take",
-        "run it as root",
-    )
+    if not capabilities >> _CAP_SYS_ADMIN & 1:
+        return Finding(
+            "rights",
+            "failed",
+            "no CAP_SYS_ADMIN, which attaching and detaching take",
+            "run it as root",
+        )
+    if Path("/proc/self/uid_map").read_text().split() != _ALL_USERS:
+        return Finding(
+            "rights",
+            "failed",
+            "CAP_SYS_ADMIN of a user namespace only, which attaching takes of the whole machine",
+            "run it as the machine's root, outside of the container",
+        )
+    return Finding("rights", "ok", "CAP_SYS_ADMIN, which attaching takes")
 
 
 def _netlink() -> Finding:
@@ -175,6 +203,14 @@ def _partitions() -> Finding:
 def _free_device() -> Finding:
     indices = sysfs.indices()
     free = [n for n in indices if sysfs.pid(n) is None]
+    held = [str(opener) for n in free for opener in usage.openers(n)]
+    if held:
+        return Finding(
+            "free devices",
+            "warning",
+            f"{len(free)} of {len(indices)}, but {held[0]}, so that it cannot be attached",
+            "end that program, or attach another device",
+        )
     if free:
         return Finding("free devices", "ok", f"{len(free)} of {len(indices)}")
     return Finding(
@@ -192,7 +228,8 @@ def _devices() -> Iterator[Finding]:
                 f"device {state.path}",
                 "warning",
                 "it has no live connection left",
-                f"nbdlink detach {state.path}, and attach it again",
+                f"nbdlink doctor {state.path} tells why; `nbdlink reconnect` renews it, "
+                "`nbdlink detach --force` gives it up",
             )
 
 
@@ -234,8 +271,19 @@ def _records() -> Finding:
     nearest = next(path for path in (where, *where.parents) if path.exists())
     if os.access(nearest, os.W_OK | os.X_OK):
         return Finding("records", "ok", f"{where} can be written")
-    status: Status = "warning"
-    return Finding("records", status, f"{where} cannot be written", "run it as root")
+    return Finding("records", "warning", f"{where} cannot be written", "run it as root")
+
+
+def _configuration() -> Finding:
+    check = "configuration"
+    try:
+        links = files.load().links
+    except NBDError as error:
+        return failed(check, error)
+    if not links:
+        return Finding(check, "ok", f"{files.CONFIGURATION} names no links")
+    noun = "link" if len(links) == 1 else "links"
+    return Finding(check, "ok", f"{len(links)} {noun}: {', '.join(links)}")
 
 
 def _kernel_tls() -> Finding:
