@@ -25,7 +25,7 @@ STATE_STYLES = {
     "ok": "green",
     "warning": "yellow",
     "unknown": "yellow",
-    "failed": "bold red",
+    "failed": "red",
 }
 
 
@@ -57,18 +57,59 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         print(line.rstrip())
 
 
+_SHORT = 12
+"""Characters of a column that stays one, however narrow the screen."""
+
+
 def _print_rich_table(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    longest = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    if sum(longest) + 2 * (len(longest) - 1) > console.width:
+        _print_folded(console, columns, cells, longest)
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, name in enumerate(columns):
-        # The first column is what the next command will be typed with: never folded.
-        table.add_column(name.upper(), no_wrap=number == 0, overflow="fold")
+    for name in columns:
+        table.add_column(name.upper(), no_wrap=True)
     for row in cells:
         table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in row))
-    Console().print(table)
+    console.print(table)
+
+
+def _print_folded(
+    console: Console,
+    columns: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    longest: Sequence[int],
+) -> None:
+    """Print a table that is wider than the screen: what is long comes in lines of its own."""
+    import textwrap
+
+    from rich.text import Text
+
+    kept = [n for n in range(1, len(columns)) if longest[n] <= _SHORT]
+    below = [n for n in range(1, len(columns)) if n not in kept]
+    # What the next command will be typed with stands first, and alone if it has to.
+    room = console.width - sum(longest[n] + 2 for n in kept)
+    first = min(longest[0], max(_SHORT, room))
+    heading = [name.upper() for name in columns]
+    for row in [heading, *cells]:
+        line = Text(row[0].ljust(first))
+        if len(row[0]) > first:
+            line = Text(row[0] + "\n" + " " * first)
+        for n in kept:
+            line.append("  ")
+            line.append(row[n].ljust(longest[n]), style=STATE_STYLES.get(row[n], ""))
+        line.rstrip()
+        if row is heading:
+            line.stylize("bold")
+        console.print(line, soft_wrap=True)
+        for n in () if row is heading else below:
+            for words in textwrap.wrap(f"{columns[n]}: {row[n]}", console.width - 4):
+                console.print(Text("    " + words), soft_wrap=True)
 
 
 _STATUS_WIDTH, _CHECK_WIDTH = 9, 19

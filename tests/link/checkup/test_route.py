@@ -37,6 +37,7 @@ def walked(target, options=None, seconds=PATIENCE):
     if isinstance(target, str):
         target = Target.parse(target)
     found = list(walk(target, options or TLSOptions(), seconds=seconds))
+    assert all(each.remedy for each in found if each.status != "ok")
     return {each.check: each for each in found}, found[-1]
 
 

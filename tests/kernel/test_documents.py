@@ -1,0 +1,21 @@
+"""What the documents tell to type where devices are attached works, and prints what they show."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbdlink.cli.main import main
+from tests.documents.blocks import PAGES, blocks
+from tests.documents.typed import type_page
+
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("runtime_directory")]
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(each.said == "guest" for each in blocks(page))]
+)
+def test_what_is_told_to_type_works(page, tmp_path):
+    try:
+        assert type_page(page, "guest", tmp_path)
+    finally:
+        main(["detach", "--all", "--force"])
