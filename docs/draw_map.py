@@ -6,9 +6,10 @@ python docs/draw_map.py > docs/map.svg
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 from nbdlink.cli import output
-from nbdlink.cli.map import STYLES, Drawing, Row
+from nbdlink.cli.map import STYLES, Drawing, Row, describe
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, AllocationFlag
 from nbdlink.sizes import format_size
 
@@ -42,15 +43,15 @@ def main() -> None:
     lines = [
         [("$ nbdlink map nbd://store1/debian", "bold")],
         [(f"nbd://store1/debian: {format_size(SIZE)}", "")],
-        [(sign, STYLES[sign]) for sign in drawing.cells()],
+        [("".join(same), STYLES[sign]) for sign, same in groupby(drawing.cells())],
         [],
-        [("   KIND       BYTES        SHARE", "bold")],
+        [("   ", ""), ("KIND       BYTES        SHARE", "bold")],
     ]
-    for kind, sign, name in ((0, "\N{FULL BLOCK}", "data"), (ZERO, "\N{BOX DRAWINGS LIGHT HORIZONTAL}", "zero"),
-                             (HOLE, "\N{MIDDLE DOT}", "hole,zero")):  # fmt: skip
+    signs = {0: "\N{FULL BLOCK}", ZERO: "\N{BOX DRAWINGS LIGHT HORIZONTAL}", HOLE: "\N{MIDDLE DOT}"}
+    for kind, sign in signs.items():
         size = drawing.totals.get(kind, 0)
-        words = f"  {name:9}  {size:<11}  {100 * size / SIZE:.1f}%"
-        lines.append([(sign, STYLES[sign]), (words, "")])
+        words = f"{describe(ALLOCATION_CONTEXT, kind):9}  {size:<11}  {100 * size / SIZE:.1f}%"
+        lines.append([(f"{sign}  ", STYLES[sign]), (words, "")])
     print(output.picture_as_svg(lines, COLUMNS, "nbdlink map"))
 
 
