@@ -33,7 +33,7 @@ _ZERO = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
 _HOLE = "\N{MIDDLE DOT}"
 _ASCII = str.maketrans(dict(zip(_SHADES + _ZERO + _HOLE, ":+x#-.", strict=True)))
 
-_STYLES = {**dict.fromkeys(_SHADES, "green"), _ZERO: "yellow", _HOLE: "bright_black"}
+STYLES = {**dict.fromkeys(_SHADES, "green"), _ZERO: "yellow", _HOLE: "bright_black"}
 
 
 class Row(NamedTuple):
@@ -214,7 +214,7 @@ def _print_drawing(drawing: Drawing, title: str) -> None:
     signs = _SHADES + _ZERO + _HOLE
     plain = _ASCII if not output.can_print(signs) else {}
     print(f"{output.printable(title)}: {format_size(drawing.size)}")
-    output.print_coloured(drawing.cells(), _STYLES, plain)
+    output.print_coloured(drawing.cells(), STYLES, plain)
     print()
     columns = ("", "kind", "bytes", "share")
     rows = [

@@ -138,9 +138,8 @@ class FileDestination:
         try:
             self.fd = os.open(path, flags, 0o666)
         except OSError as error:
-            hint = "it is mounted or in use" if error.errno == errno.EBUSY else None
-            raise StorageError(
-                f"{path} cannot be opened: {(error.strerror or '').lower()}", hint=hint
+            raise _unopened(
+                path, error, f"make its folder first: mkdir -p {Path(path).parent}"
             ) from None
         self.is_regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
         self.size: int | None = None if self.is_new else os.lseek(self.fd, 0, os.SEEK_END)
@@ -311,6 +310,21 @@ class StreamDestination:
         self._fd = -1
 
 
+def _unopened(path: str, error: OSError, missing: str) -> StorageError:
+    """Say that a path cannot be opened; `missing` is the advice if it is not there."""
+    advice = {
+        errno.ENOENT: missing,
+        errno.ENOTDIR: "check the path: a part of it is no folder",
+        errno.EBUSY: "it is mounted or in use",
+        errno.EACCES: "you may not open it; try as root",
+        errno.EPERM: "you may not open it; try as root",
+    }
+    return StorageError(
+        f"{path} cannot be opened: {(error.strerror or str(error)).lower()}",
+        hint=advice.get(error.errno or 0),
+    )
+
+
 def open_source(path: str) -> FileSource | StreamSource:
     """Open a path to read; `-` is stdin.
 
@@ -322,12 +336,9 @@ def open_source(path: str) -> FileSource | StreamSource:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        hint = None
-        if error.errno == errno.ENOENT and "/" not in path.removeprefix("./"):
-            hint = "an export is written as nbd://host/export"
-        raise StorageError(
-            f"{path} cannot be opened: {(error.strerror or '').lower()}", hint=hint
-        ) from None
+        is_path = "/" in path.removeprefix("./")
+        missing = "check the path" if is_path else "an export is written as nbd://host/export"
+        raise _unopened(path, error, missing) from None
     if stat.S_ISDIR(os.fstat(fd).st_mode):
         os.close(fd)
         raise StorageError(f"{path} is a directory", hint="copy an image, not a folder")

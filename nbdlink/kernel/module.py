@@ -41,7 +41,8 @@ def require() -> None:
     if not loaded():
         raise ModuleMissingError(
             f"the nbd kernel module is not loaded, and `modprobe nbd` failed: {complaint}",
-            hint=f"install the kernel modules that belong to Linux {os.uname().release}",
+            hint=f"install the kernel modules that belong to Linux {os.uname().release}; "
+            "`nbdlink doctor` tells more",
         )
 
 

@@ -69,7 +69,8 @@ def connect(target: Target, deadline: Deadline) -> socket.socket:
     except TimeoutError:
         raise TransportError(
             f"{target.address}: no answer within {deadline.seconds:g} seconds",
-            hint="is the server up, and does a firewall let the port through?",
+            hint="is the server up, and does a firewall let the port through? "
+            f"{_ASK_DOCTOR.format(target.address)}",
         ) from None
     except OSError as error:
         raise TransportError(
@@ -88,7 +89,10 @@ def reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
-def _connect_hint(error: OSError, target: Target) -> str | None:
+_ASK_DOCTOR: Final = "`nbdlink doctor {}` walks the way there step by step"
+
+
+def _connect_hint(error: OSError, target: Target) -> str:
     if isinstance(error, socket.gaierror):
         return "check the host's spelling, or use an address"
     match error.errno:
@@ -102,7 +106,7 @@ def _connect_hint(error: OSError, target: Target) -> str | None:
             return "a Unix socket's path has at most 107 bytes"
         case errno.ENOTSOCK:
             return f"{target.socket} is not a socket"
-    return None
+    return _ASK_DOCTOR.format(target.address)
 
 
 def _connect_unix(path: str, deadline: Deadline) -> socket.socket:

@@ -117,6 +117,24 @@ def test_a_mistake_gets_one_clear_line(words, status, says, tmp_path, capsys, mo
     assert out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["nothing", "new"], "an export is written as nbd://host/export"),
+        (["folder/nothing", "new"], "check the path"),
+        (["a", "folder/sub/new"], "make its folder first: mkdir -p folder/sub"),
+        (["a", "a/new"], "check the path: a part of it is no folder"),
+    ],
+)
+def test_a_path_that_cannot_be_opened_is_told_with_advice(
+    words, advice, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_bytes(b"x")
+    assert main(["copy", *words]) == 1
+    assert capsys.readouterr().err.splitlines()[1] == f"  hint: {advice}"
+
+
 def test_a_host_that_looks_like_a_file_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("host:1").write_bytes(b"content")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,23 +38,23 @@ export HOME=$PWD
 exec "$@"
 """
 
-# Functions for the commands that stay: their output goes to a file, and they are waited for.
+# Functions for the commands that stay: their output goes to a file, and they are waited for. The
+# next of them ends the one before, as a reader would.
 _PRELUDE = r"""
 exec 2>&1
 _stay() {
-    local log=$1; shift
-    local words=$1
-    eval "exec $words" >"$log" 2>&1 &
+    _end
+    local log=$1
+    eval "exec $2" >"$log" 2>&1 &
     _stays=$!
-    _all="$_all $_stays"
-    while [ ! -s "$log" ] && [ -z "$(ss -Hltn 'sport = :10809')" ]; do
+    until grep -qs '://.* is ' "$log" || [ -n "$(ss -Hltn 'sport = :10809')" ]; do
         kill -0 $_stays 2>/dev/null || { cat "$log"; return 1; }
         sleep 0.05
     done
     cat "$log"
 }
 _end() { [ -z "$_stays" ] || { kill $_stays 2>/dev/null; wait $_stays 2>/dev/null; _stays=; }; }
-trap 'kill $_all 2>/dev/null; wait' EXIT
+trap _end EXIT
 """
 
 _STAYS = re.compile(r"^nbdlink (serve|qemu-nbd|supervise)\b(?!.*--fork)(?!.*--attach)")
@@ -79,7 +80,6 @@ truncate -s 64M store1.img
 printf 'label: gpt\ntype=linux\n' | sfdisk --quiet store1.img
 mkfs.ext4 -q -E offset=$((2048 * 512)) store1.img 60M
 _stay store1.log 'nbdlink serve -f raw data=store1.img'
-_stays=
 """
 
 PREPARATIONS: dict[str, Callable[[Path], None] | str] = {
@@ -89,6 +89,11 @@ PREPARATIONS: dict[str, Callable[[Path], None] | str] = {
     "debian.qcow2": lambda folder: _image("-f", "qcow2", str(folder / "debian.qcow2"), "64M"),
     "windows.vhdx": lambda folder: _image("-f", "vhdx", str(folder / "windows.vhdx"), "64M"),
 }
+
+
+def stays(command: str) -> bool:
+    """Tell whether a command is a server, which stays until the next one is started."""
+    return bool(_STAYS.search(command.partition("#")[0]))
 
 
 class Shell:
@@ -144,14 +149,9 @@ class Shell:
     def run(self, command: Command) -> tuple[int, list[str]]:
         """Type a command; give its status, and what was printed."""
         text = command.text
-        if _STAYS.search(text.partition("#")[0]):
+        if stays(text):
             self._count += 1
-            background = text.rstrip().endswith("&")
-            words = text.rstrip().removesuffix("&").replace("'", "'\\''")
-            ending = "" if background else "_end; "
-            text = f"{ending}_stay {self.folder}/stays{self._count} '{words}'"
-            if background:
-                text += "; _status=$?; _stays=; (exit $_status)"
+            text = f"_stay {self.folder}/stays{self._count} {shlex.quote(text)}"
         return self._type(text)
 
     def _type(self, text: str) -> tuple[int, list[str]]:

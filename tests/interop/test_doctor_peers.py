@@ -153,13 +153,16 @@ exec "$@"
 """
 
 
-def _behind(setup, address, seconds="60"):
-    """Run the doctor in a network namespace that a script has set up."""
+def _elsewhere(setup, *words):
+    """Run nbdlink in a network namespace that a script has set up."""
     unshare = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
-    command = [sys.executable, "-m", "nbdlink", "doctor", "--json", "--timeout", seconds, address]
-    done = subprocess.run(
-        [*unshare, "sh", "-c", setup, "sh", *command], capture_output=True, text=True, timeout=60
-    )
+    command = [*unshare, "sh", "-c", setup, "sh", sys.executable, "-m", "nbdlink", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def _behind(setup, address, seconds="60"):
+    """Run the doctor there; give its status and the last of what it found."""
+    done = _elsewhere(setup, "doctor", "--json", "--timeout", seconds, address)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout)[-1]
 
@@ -188,3 +191,11 @@ def test_no_route():
     assert (status, last["check"]) == (1, "connect")
     assert "this machine has no route there" in last["found"]
     assert "ip route get 192.0.2.1" in last["remedy"]
+
+
+def test_other_verbs_point_at_the_doctor():
+    need("unshare")
+    done = _elsewhere('exec "$@"', "info", "192.0.2.1/data")
+    what, hint = done.stderr.splitlines()
+    assert "network is unreachable" in what
+    assert "`nbdlink doctor 192.0.2.1:10809`" in hint
