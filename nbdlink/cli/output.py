@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from rich.segment import Segment
 
 # What a state looks like at a glance.
-STATE_STYLES = {"attached": "green", "ok": "green", "warning": "yellow", "unknown": "yellow"}
+STATE_STYLES = {
+    "attached": "green",
+    "ok": "green",
+    "good": "green",
+    "warning": "yellow",
+    "unknown": "yellow",
+    "rebuilding": "yellow",
+    "stale": "red",
+}
 
 
 def print_json(value: Any) -> None:
