@@ -22,6 +22,9 @@ _NEGOTIATION: Final = 90.0
 _FOR_EVER: Final = 86400
 _SIZES: Final = re.compile(r"(-|\d+[kmg]?)(,(-|\d+[kmg]?))*\Z", re.IGNORECASE)
 
+_BLOCK_SIZE: Final = 1024
+"""Bytes in a stripe, if nothing is said."""
+
 _MODES: Final = {"linear": "linear", "stripe": "striping", "mirror": "mirroring"}
 
 _NEEDLESS: Final = {
@@ -120,6 +123,8 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
     # In a place where they are neither options nor NAME=STORAGE.
     paths = [path if path.startswith("/") else f"./{path}" for path in storages]
     if len(paths) > 1:
+        if arguments.mode == "stripe":
+            words.append(f"--stripe-unit={arguments.block_size or _BLOCK_SIZE}")
         return [*words, f"--{arguments.mode or 'linear'}", *paths]
     return [*words, *paths]
 

@@ -32,6 +32,7 @@ VERBS = {
     "map": ("nbdlink.cli.map", "show what is allocated"),
     "copy": ("nbdlink.cli.copy", "copy images from and to exports"),
     "serve": ("nbdlink.cli.serve", "serve images, files and block devices"),
+    "mirror": ("nbdlink.cli.mirror", "show and rebuild the members of mirrors"),
     "qemu-nbd": ("nbdlink.cli.qemu_nbd", "take the command line of qemu-nbd"),
     "enbd-server": ("nbdlink.cli.enbd_server", "take the command line of enbd-server"),
     "nbd-client": ("nbdlink.cli.nbd_client", "take the command line of nbd-client"),

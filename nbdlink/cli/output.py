@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 STATE_STYLES = {
     "attached": "green",
     "ok": "green",
+    "good": "green",
     "warning": "yellow",
     "unknown": "yellow",
+    "rebuilding": "yellow",
     "failed": "red",
+    "stale": "red",
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nbdlink.cli.devices import ServedDevice
 from nbdlink.cli.listening import listeners, parse_ports, pid_files
 from nbdlink.cli.objects import add_object_arguments, apply_objects
+from nbdlink.cli.several import add_several_arguments, check_several, open_one_of_several
 from nbdlink.cli.storage import add_storage_arguments, further_contexts, storage_spec
 from nbdlink.cli.tls import add_server_arguments, server_security
 from nbdlink.errors import ConfigError, StorageError
@@ -99,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         help="log in full what has this name: nbd_server, nbd_*, ...; also events=FILE, file=FILE",
     )
     add_storage_arguments(parser)
+    add_several_arguments(parser)
     add_server_arguments(parser)
     add_object_arguments(parser)
     parser.set_defaults(run=run, announce=True)
@@ -114,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         log_to_syslog,
         raise_descriptor_limit,
     )
+    from nbdlink.server.mirrors import MirrorControl, mirrors
     from nbdlink.server.notices import Notices
     from nbdlink.transport.activation import inherited_sockets, notify
     from nbdlink.transport.exposition import check_address, serve_metrics
@@ -168,11 +171,13 @@ def run(arguments: argparse.Namespace) -> int:
         notices=notices,
     )
 
-    metrics = contextlib.ExitStack()
+    running = contextlib.ExitStack()
 
     def ready() -> None:
         if arguments.metrics is not None:  # in a thread, so after all forks
-            metrics.enter_context(serve_metrics(arguments.metrics, service.metrics))
+            running.enter_context(serve_metrics(arguments.metrics, service.metrics))
+        for mirror in mirrors(catalogue).values():
+            running.enter_context(MirrorControl(mirror))
         for file in own_files:
             file.publish()
         # Who has made the sockets knows where they are, and may want our stdout for itself:
@@ -187,7 +192,7 @@ def run(arguments: argparse.Namespace) -> int:
         notify(f"READY=1\nMAINPID={os.getpid()}")
 
     try:
-        with metrics:
+        with running:
             if device is None:
                 return service.run(ready)
             with device:
@@ -228,7 +233,8 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
     from nbdlink.server import Catalogue, Export
     from nbdlink.storage.open import open_storage
 
-    several = len(arguments.storage) > 1
+    check_several(arguments)
+    several = len(arguments.storage) > 1 and arguments.several is None
     if several and (arguments.export_name is not None or arguments.description):
         raise ConfigError(
             "--export-name and --description are for a single storage",
@@ -243,11 +249,14 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
     signatures = _signatures(arguments)
     with contextlib.ExitStack() as undo:
         exports = []
-        for word in arguments.storage:
+        for word in arguments.storage if arguments.several is None else ("",):
             name, path = _split(word, several) if not arguments.image_opts else ("", word)
             if arguments.export_name is not None:
                 name = arguments.export_name
-            storage = open_storage(storage_spec(arguments, path))
+            if arguments.several is not None:
+                storage = open_one_of_several(arguments)
+            else:
+                storage = open_storage(storage_spec(arguments, path))
             undo.callback(storage.close)
             for context in contexts:
                 if context not in storage.contexts:
@@ -277,7 +286,7 @@ def _names(arguments: argparse.Namespace) -> set[str]:
     """Give the names of all exports."""
     if arguments.export_name is not None:
         return {arguments.export_name}
-    if arguments.image_opts:
+    if arguments.image_opts or arguments.several is not None:
         return {""}
     return {_split(word, len(arguments.storage) > 1)[0] for word in arguments.storage}
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from time import time
 
 from nbdlink.server.export import Catalogue
+from nbdlink.server.mirrors import mirrors
 from nbdlink.server.processes import Progress
 from nbdlink.server.sessions import Books, SessionInfo, Tally
 from nbdlink.transport.exposition import Family
@@ -44,6 +45,7 @@ def families(
     return [
         *_server(books, tallies, handshaking, processes),
         *_exports(catalogue, tallies, here),
+        *_mirrors(catalogue),
     ]
 
 
@@ -107,3 +109,20 @@ def _exports(
             family.add(getattr(tally, what), export=export_name)
         found.append(family)
     return found
+
+
+def _mirrors(catalogue: Catalogue) -> list[Family]:
+    good = Family(
+        "nbdlink_mirror_member_good",
+        "gauge",
+        "1 for a mirror's member that has everything.",
+    )
+    behind = Family(
+        "nbdlink_mirror_member_behind_bytes", "gauge", "Bytes that it is still to be given."
+    )
+    for name, mirror in mirrors(catalogue).items():
+        for member in mirror.status()["members"]:
+            is_good = member["state"] == "good"
+            good.add(is_good, export=name, member=member["address"])
+            behind.add(member["behind"], export=name, member=member["address"])
+    return [good, behind]

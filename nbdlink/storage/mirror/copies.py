@@ -26,6 +26,7 @@ class Copies:
         state: what was recorded last, or tried to be: what comes next follows it, so that a
             copy that has it although writing failed does not contradict the others.
         writable: whether anything may be written.
+        failed: whose copies could not be written the last time.
     """
 
     def __init__(self, state: State, files: dict[str, RecordFile], *, writable: bool) -> None:
@@ -33,7 +34,7 @@ class Copies:
         self.state = state
         self.writable = writable
         self._files: Final = files
-        self._failed: set[str] = set()
+        self.failed: set[str] = set()
 
     @property
     def regions(self) -> set[int]:
@@ -78,13 +79,13 @@ class Copies:
                 self._complain(each, file.path, error)
                 failed.add(each)
             else:
-                self._failed.discard(each)
+                self.failed.discard(each)
         return failed
 
     def _complain(self, owner: str, path: Path, error: Exception) -> None:
-        if owner not in self._failed:  # it is tried again with every change
+        if owner not in self.failed:  # it is tried again with every change
             _log.error("%s: the mirror's record cannot be written: %s", path, error)
-        self._failed.add(owner)
+        self.failed.add(owner)
 
     def close(self) -> None:
         """Let go of all."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Final
 
 from nbdlink.storage.base import Storage
-from nbdlink.storage.mirror.places import is_remote
 from nbdlink.storage.mirror.record import Entry
+from nbdlink.uri import is_uri
 
 Opener = Callable[[], Storage]
 
@@ -99,8 +99,8 @@ def choose(
     ]
     if not good:
         return None
-    least = min((each.in_flight, is_remote(each.name)) for each in good)
-    best = [each for each in good if (each.in_flight, is_remote(each.name)) == least]
+    least = min((each.in_flight, is_uri(each.name)) for each in good)
+    best = [each for each in good if (each.in_flight, is_uri(each.name)) == least]
     return best[(offset >> _STRIPE) % len(best)]
 
 

@@ -181,7 +181,7 @@ class Membership:
             with self.lock:
                 if member.entry.state == "rebuilding":
                     member.entry = member.entry.become("good")
-                    _log.warning("%s is rebuilt, and good again", member.name)
+                    _log.warning("%s has everything now, and is good", member.name)
                 self.lock.notify_all()
 
     def change(self, member: Member, entry: Entry) -> None:

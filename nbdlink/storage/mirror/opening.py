@@ -31,12 +31,14 @@ from nbdlink.errors import ConfigError, NBDError, StorageError
 from nbdlink.sizes import format_size
 from nbdlink.storage.base import Storage
 from nbdlink.storage.mirror import places
+from nbdlink.storage.mirror.admission import check_member, entry_of, identity
 from nbdlink.storage.mirror.copies import Copies
 from nbdlink.storage.mirror.members import Member, Opener, words
 from nbdlink.storage.mirror.record import Entry, RecordFile, State, peek, region_size
-from nbdlink.storage.mirror.storage import IDLE, Mirror, check_member, entry_of, identity
+from nbdlink.storage.mirror.storage import IDLE, Mirror
 from nbdlink.storage.open import StorageSpec, open_storage
 from nbdlink.storage.zeroes import is_zero
+from nbdlink.uri import Target, is_uri
 
 _log = logging.getLogger("nbdlink.mirror")
 
@@ -102,12 +104,24 @@ def open_mirror(
         copies = Copies(state, files, writable=not read_only)
         if not read_only:
             _update(copies, members)
-        mirror = Mirror(members, copies, read_only=read_only, idle=idle)
+        mirror = Mirror(
+            members,
+            copies,
+            read_only=read_only,
+            another=lambda address: opened(described(address, specs[0])),
+            idle=idle,
+        )
         undo.pop_all()
     for each in members:
         if each.entry.state == "stale":
             _log.warning("%s is stale and stays out: %s", each.name, each.entry.reason)
     return mirror
+
+
+def described(address: str, like: StorageSpec) -> StorageSpec:
+    """Give the description of a member, all of which is used, that is otherwise like another."""
+    target = Target.parse(address) if is_uri(address) else None
+    return replace(like, path=address, target=target, parts=())
 
 
 def _open_copies(
@@ -131,7 +145,7 @@ def _open_copies(
     files: dict[str, RecordFile] = {}
     unread: StorageError | None = None
     for each in sorted(owners) + [places.CENTRAL] * bool(mirrors):
-        if places.is_remote(each):
+        if is_uri(each):
             continue
         path = places.copy_path(next(iter(mirrors), ""), each)
         state = peek(path)

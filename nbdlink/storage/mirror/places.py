@@ -14,7 +14,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from nbdlink.storage.mirror.record import Entry, peek
+from nbdlink.storage.mirror.record import Entry, State, peek
+from nbdlink.uri import Target, is_uri
 
 SUFFIX: Final = ".mirror"
 CENTRAL: Final = ""
@@ -28,20 +29,15 @@ def canonical(word: str) -> str:
     Files are called by their real path, as their record has to lie beside them; devices by the
     path that was given, since the real one changes with the order in which they are found.
     """
-    if is_remote(word):
-        return word
+    if is_uri(word):
+        return str(Target.parse(word))
     path = Path(word)
     return os.path.abspath(path) if path.is_block_device() else os.path.realpath(path)  # noqa: PTH100 - no symbolic link is to be followed
 
 
-def is_remote(word: str) -> bool:
-    """Tell whether a word is an NBD URI."""
-    return word.startswith(("nbd://", "nbds://", "nbd+unix://", "nbds+unix://"))
-
-
 def keeps_copy(address: str) -> bool:
     """Tell whether a copy of the record lies beside a member."""
-    if is_remote(address) or address.startswith("/dev/"):
+    if is_uri(address) or address.startswith("/dev/"):
         return False
     return not Path(address).is_block_device()
 
@@ -71,6 +67,18 @@ def control_socket(mirror: str) -> Path:
     return runtime_directory() / f"mirror-{mirror}.sock"
 
 
+def known_mirrors() -> dict[str, State | None]:
+    """Give the numbers of the mirrors that this user serves, or has records of in one place."""
+    paths = runtime_directory().glob("mirror-*.sock")
+    found: dict[str, State | None] = {
+        path.stem.removeprefix("mirror-"): None for path in sorted(paths)
+    }
+    for path in central_copies():
+        if state := peek(path):
+            found[state.mirror] = state
+    return found
+
+
 def owner(entry: Entry) -> str:
     """Give whose copy a member needs: its own, or the one of all that have none."""
     return entry.address if entry.keeps_copy else CENTRAL
@@ -93,7 +101,7 @@ def copies_that_name(addresses: set[str]) -> list[Path]:
 
     Those beside them, and those in the state directory that have one of them as a member.
     """
-    beside = [Path(each + SUFFIX) for each in sorted(addresses) if not is_remote(each)]
+    beside = [Path(each + SUFFIX) for each in sorted(addresses) if not is_uri(each)]
     found = [path for path in beside if path.exists()]
     for path in central_copies():
         state = peek(path)

@@ -47,29 +47,25 @@ import functools
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
-from nbdlink.errors import NBDError, StorageError
 from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, DEPTH_CONTEXT
 from nbdlink.storage.base import Storage
 from nbdlink.storage.composite.together import Threads, one_by_one
+from nbdlink.storage.mirror.admission import Admission
 from nbdlink.storage.mirror.copies import Copies
 from nbdlink.storage.mirror.intent import Intent
 from nbdlink.storage.mirror.members import Member, choose, words
 from nbdlink.storage.mirror.membership import Membership, as_os_error
-from nbdlink.storage.mirror.places import device_identity, is_remote
 from nbdlink.storage.mirror.rebuild import Rebuilder
-from nbdlink.storage.mirror.record import Entry
 from nbdlink.storage.ranges import RangeLock
+from nbdlink.uri import is_uri
 
 _log = logging.getLogger("nbdlink.mirror")
 
 _LONG: Final = 256 << 10
 """Bytes from which on it pays to have another thread write them."""
-_PATIENCE: Final = 20.0
-"""Seconds that the last requests of a member that was dropped have to come back."""
 IDLE: Final = 5.0
 """Seconds without a write after which a region is flushed and taken out of the bitmap."""
 
@@ -83,7 +79,13 @@ class Mirror(Storage):
     can_trim = True
 
     def __init__(
-        self, members: Sequence[Member], copies: Copies, *, read_only: bool, idle: float = IDLE
+        self,
+        members: Sequence[Member],
+        copies: Copies,
+        *,
+        read_only: bool,
+        another: Callable[[str], Storage],
+        idle: float = IDLE,
     ) -> None:
         """Take over open members and the copies of their record; at least one is good.
 
@@ -91,6 +93,7 @@ class Mirror(Storage):
             members: all that the record names.
             copies: of the record.
             read_only: whether nothing may be written, the record included.
+            another: opens a storage that is to become a member, by its address.
             idle: see `IDLE`.
         """
         state = copies.state
@@ -116,7 +119,7 @@ class Mirror(Storage):
         self._idle = idle
         self._ranges = RangeLock()
         self._threads = Threads("nbd-mirror")
-        self._admitting = threading.Lock()
+        self._admission = Admission(self, another)
         self._closing = False
         self._find_differences()
         self._rebuilder = Rebuilder(self)
@@ -320,7 +323,7 @@ class Mirror(Storage):
         storages = [each.storage for each in members if each.storage]
         jobs = [functools.partial(do, storage) for storage in storages]
         # Files in the page cache answer faster than a thread wakes up.
-        quick = not long and not any(is_remote(each.name) for each in members)
+        quick = not long and not any(is_uri(each.name) for each in members)
         try:
             failures = one_by_one(jobs) if quick else self._threads.all(jobs)
         finally:
@@ -379,50 +382,12 @@ class Mirror(Storage):
         }
 
     def rebuild(self, address: str) -> None:
-        """Begin to make a stale member good.
+        """Begin to make a stale member good; see `Admission.rebuild`."""
+        self._admission.rebuild(address)
 
-        Raises:
-            StorageError: it is no member, or cannot be opened.
-        """
-        with self._admitting:
-            self._rebuild(address)
-
-    def _rebuild(self, address: str) -> None:
-        with self.lock:
-            member = next((each for each in self.members if each.name == address), None)
-            if member is None:
-                raise StorageError(
-                    f"{address} is no member of the mirror",
-                    hint="`nbdlink mirror status` tells which there are",
-                )
-            if member.entry.state != "stale":
-                return  # it is good, or under way
-            opener = member.opener
-        if self.read_only:
-            raise StorageError("the mirror is served read-only", hint="serve it without -r first")
-        if opener is None:
-            raise StorageError(
-                f"{address} was not named when the server was started",
-                hint="start it with all members, or rebuild this one when no server runs",
-            )
-        self._close(member)
-        try:
-            storage = opener()
-        except NBDError as error:
-            raise StorageError(f"{address} cannot be rebuilt: {error}", hint=error.hint) from None
-        if (short := check_member(storage, self.size)) is not None:
-            storage.close()
-            raise StorageError(f"{address} cannot be rebuilt: {short}")
-        with self.lock:
-            member.storage = storage
-            entry = replace(member.entry, identity=identity(address, storage))
-            member.fall_behind(self.all_regions())
-            self.membership.change(member, entry.become("rebuilding", entry.reason))
-        _log.warning("%s is being rebuilt", address)
-        try:
-            self.membership.settle()
-        except OSError as error:
-            raise StorageError(f"{address} cannot be rebuilt: {words(error)}") from None
+    def replace(self, address: str, other: str) -> None:
+        """Put another member in the place of one; see `Admission.replace`."""
+        self._admission.replace(address, other)
 
     def wait_until_built(self, told: Callable[[dict[str, Any]], None], seconds: float) -> None:
         """Wait until nothing is being rebuilt; `told` is given the status every so often."""
@@ -464,25 +429,6 @@ class Mirror(Storage):
         """Whether it is to end."""
         return self._closing
 
-    def _close(self, member: Member) -> None:
-        """Close what a stale member was.
-
-        Raises:
-            StorageError: a request to it has not come back yet.
-        """
-        with self.lock:
-            if not self.lock.wait_for(lambda: not member.users, _PATIENCE):
-                raise StorageError(
-                    f"{member.name}: a request that failed here has not come back from it yet",
-                    hint="try again when the device or the server answers, or has given up",
-                )
-            storage, member.storage = member.storage, None
-        if storage is not None:
-            try:
-                storage.close()
-            except OSError as error:
-                _log.info("%s: closing failed: %s", member.name, words(error))
-
 
 def health(members: Sequence[dict[str, Any]]) -> str:
     """Give a word for all: "good", "resyncing", "rebuilding" or "degraded"."""
@@ -492,20 +438,3 @@ def health(members: Sequence[dict[str, Any]]) -> str:
     if "stale" in states:
         return "degraded"
     return "resyncing" if any(each.get("behind") for each in members) else "good"
-
-
-def check_member(storage: Storage, size: int) -> str | None:
-    """Tell why a storage cannot be a member, or None if it can."""
-    if storage.size < size:
-        return f"it has {storage.size} bytes, and the mirror {size}"
-    return None
-
-
-def identity(address: str, storage: Storage) -> str | None:
-    """Give what tells a member from another one under its address, or None."""
-    return storage.signature or device_identity(address)
-
-
-def entry_of(address: str, format: str | None, keeps_copy: bool, storage: Storage) -> Entry:
-    """Give what is recorded of a new member."""
-    return Entry(address, format, identity(address, storage), keeps_copy).become("good")

@@ -1,0 +1,88 @@
+"""The options of `nbdlink serve` that make one export of several storages."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from nbdlink.cli.storage import storage_spec
+from nbdlink.errors import ConfigError
+from nbdlink.sizes import parse_size
+
+if TYPE_CHECKING:
+    from nbdlink.storage.base import Storage
+
+
+def add_several_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that put storages together."""
+    group = parser.add_argument_group("one export of several storages")
+    kinds = group.add_mutually_exclusive_group()
+    for kind, words in (
+        ("linear", "one after the other"),
+        ("stripe", "alternating by --stripe-unit"),
+        ("mirror", "each has everything"),
+    ):
+        kinds.add_argument(
+            f"--{kind}",
+            dest="several",
+            action="store_const",
+            const=kind,
+            help=f"all STORAGEs are one export: {words}",
+        )
+    group.add_argument(
+        "--stripe-unit",
+        metavar="SIZE",
+        help="bytes in a storage before the next one's turn (the block size: 4K)",
+    )
+    group.add_argument(
+        "--degraded",
+        action="store_true",
+        help="serve a mirror without good members that are missing; they have to be rebuilt then",
+    )
+
+
+def check_several(arguments: argparse.Namespace) -> None:
+    """Look whether the options go together.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    kind = arguments.several
+    for option, wanted in (("stripe_unit", "stripe"), ("degraded", "mirror")):
+        if getattr(arguments, option) and kind != wanted:
+            raise ConfigError(f"--{option.replace('_', '-')} is for --{wanted}")
+    if kind is None:
+        if arguments.size is not None and "," in arguments.size:
+            raise ConfigError(
+                f"--size {arguments.size} is for several storages that become one export",
+                hint="say --linear, --stripe or --mirror, or serve each by a server of its own",
+            )
+        return
+    for option in ("image_opts", "load_snapshot", "bitmap"):
+        if getattr(arguments, option):
+            raise ConfigError(f"--{option.replace('_', '-')} is for a single storage")
+
+
+def open_one_of_several(arguments: argparse.Namespace) -> Storage:
+    """Open the storage that all operands make together.
+
+    Raises:
+        ConfigError: the options do not go together.
+        StorageError: a storage cannot be opened, or not in this way.
+    """
+    from nbdlink.storage.blocksize import BlockSizes
+    from nbdlink.storage.composite.opening import DEFAULT_UNIT, Arrangement, open_several
+
+    members: dict[str, Any] = vars(arguments) | {"size": None}
+    specs = [storage_spec(argparse.Namespace(**members), word) for word in arguments.storage]
+    sizes: tuple[int | None, ...] = ()
+    if arguments.size is not None:
+        words = arguments.size.split(",")
+        sizes = tuple(None if word.strip() == "-" else parse_size(word) for word in words)
+    unit = DEFAULT_UNIT
+    if arguments.stripe_unit is not None:
+        unit = parse_size(arguments.stripe_unit)
+    elif arguments.block_size is not None:
+        unit = BlockSizes.parse(arguments.block_size).minimum
+    arrangement = Arrangement(arguments.several, sizes, unit, arguments.degraded)
+    return open_several(arrangement, specs)
