@@ -108,7 +108,7 @@ class _Line:
         subparsers = build_parser(verb)._subparsers
         assert subparsers is not None
         (choices,) = (each.choices for each in subparsers._group_actions)
-        self._parser: argparse.ArgumentParser = choices[verb]  # type: ignore[index, call-overload]
+        self._parser: argparse.ArgumentParser = choices[verb]  # type: ignore[index]
         self._options = self._parser._option_string_actions
         self.said = argparse.Namespace()
         for action in self._parser._actions:

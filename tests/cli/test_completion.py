@@ -190,23 +190,24 @@ def test_a_key_press_waits_for_no_library(words):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+_STARTS = {
+    "bash": (
+        ["bash", "--norc", "--noprofile", "-i"],
+        'bind -x \'"\\C-x": printf "%s\\n" "$READLINE_LINE" >>"$LINES_FILE"\'\n',
+    ),
+    "zsh": (
+        ["zsh", "-f", "-i"],
+        "autoload -Uz compinit; compinit -u -D\n"
+        'tell() { print -r -- "$BUFFER" >>"$LINES_FILE" }; zle -N tell; bindkey "^X" tell\n',
+    ),
+}
+
+
 class Shell:
     """A shell on a terminal, whose line is written to a file when Ctrl-X is pressed."""
 
-    STARTS = {
-        "bash": (
-            ["bash", "--norc", "--noprofile", "-i"],
-            'bind -x \'"\\C-x": printf "%s\\n" "$READLINE_LINE" >>"$LINES_FILE"\'\n',
-        ),
-        "zsh": (
-            ["zsh", "-f", "-i"],
-            "autoload -Uz compinit; compinit -u -D\n"
-            'tell() { print -r -- "$BUFFER" >>"$LINES_FILE" }; zle -N tell; bindkey "^X" tell\n',
-        ),
-    }
-
     def __init__(self, name, folder):
-        command, begin = self.STARTS[name]
+        command, begin = _STARTS[name]
         self._file = folder / "lines"
         self._file.touch()
         binaries = Path(sys.executable).parent
