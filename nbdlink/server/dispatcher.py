@@ -74,6 +74,8 @@ class Dispatcher:
         self._intake = intake
         self._outlet = outlet
         self._workers = workers
+        at_once = None if self._storage.plain_file else self._storage.at_once
+        self._write_at_once = at_once and at_once.write
 
     def take(self, start: int, end: int, *, inline: bool) -> tuple[int, int] | None:
         """Do the request at `inbox[start:end]`, or have it done.
@@ -127,7 +129,7 @@ class Dispatcher:
             data = self._intake.inbox[payload:after]
             if inline and not flags and self._may_write_file(offset):
                 self.executor.perform(command, flags, cookie, offset, length, data)
-            else:
+            elif not (inline and self._store_at_once(flags, cookie, offset, length, data)):
                 self.dispatch(command, flags, cookie, offset, length, data)
         else:
             self.dispatch(command, flags, cookie, offset, length, only=only)
@@ -240,6 +242,14 @@ class Dispatcher:
             self._intake.skip(length - (end - payload))
             self.executor.refuse(error, cookie, offset)
             return
+        if inline and length <= PIECE and self._write_at_once:
+            self._intake.fill(self._intake.inbox[end : payload + length])
+            data = self._intake.inbox[payload : payload + length]
+            if self._session.superseded:
+                raise HungUpError
+            if not self._store_at_once(flags, cookie, offset, length, data):
+                self.dispatch(_WRITE, flags, cookie, offset, length, data)
+            return
         storage, workers = self._storage, self._workers
         plain = self._may_write_file(offset) if inline else None
         if not plain and storage.waits and workers.reserve(length):
@@ -263,8 +273,21 @@ class Dispatcher:
         except StoringFailedError as failed:
             self.executor.fail(failed.why, _WRITE, cookie, offset, length)
             return
+        self._written(fua and plain, cookie, offset, length)
+
+    def _store_at_once(
+        self, flags: int, cookie: int, offset: int, length: int, data: memoryview
+    ) -> bool:
+        """Do a write if the storage does it at once; False if that does not go."""
+        if self._write_at_once is None or not self._write_at_once(data, offset):
+            return False
+        self._written(flags & _FUA, cookie, offset, length)
+        return True
+
+    def _written(self, flush: object, cookie: int, offset: int, length: int) -> None:
+        """Answer a long write, once it is durable if that is left to be done."""
         self._session.count(bytes_written=length)
-        if fua and plain:
+        if flush:
             # The worker that flushes tells that it is written.
             self.dispatch(_FLUSH, 0, cookie, offset, 0)
         else:

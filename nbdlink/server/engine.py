@@ -58,6 +58,7 @@ from nbdlink.protocol.constants import (
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
 from nbdlink.server import prompt
 from nbdlink.server.dispatcher import WHOLE, Dispatcher
+from nbdlink.server.executor import PIECE
 from nbdlink.server.intake import INBOX, HungUpError, Intake, buffer
 from nbdlink.server.lending import COPIED, LONG, Lending, Read
 from nbdlink.server.negotiate import NegotiatedSession
@@ -140,9 +141,10 @@ class Transmission:
             session,
             copies=self._copies,
         )
+        self._at_once = None if plain else self._storage.at_once
         # Data is page aligned behind the first header.
         head = form.data.size
-        size = _OUTBOX + head + max(LONG, COPIED)
+        size = _OUTBOX + head + (PIECE if self._at_once else max(LONG, COPIED))
         self._outbox_memory, self._outbox = buffer(size, mmap.PAGESIZE - head)
 
     def run(self) -> str:
@@ -216,10 +218,10 @@ class Transmission:
             whole = -1 if self._export.is_read_only else WHOLE
             parts, reads = self._lending.parts, self._lending.reads
             seen, nowait = None if in_memory else mapping.seen, mapping.nowait
-        elif at_once := self._storage.at_once:
+        elif at_once := self._at_once:
             preadv, pwrite = prompt.as_system_calls(at_once)
-            in_memory, nowait = at_once.in_memory, at_once.nowait
-            short, whole = COPIED + 1, -1 if at_once.write is None else WHOLE
+            in_memory, nowait, short = at_once.in_memory, at_once.nowait, PIECE + 1
+            whole = -1 if self._export.is_read_only or at_once.write is None else WHOLE
         quickly = short, long, whole
         lends = False  # whether short reads are sent from the file's pages
         inboxes = 0

@@ -13,20 +13,23 @@ new host cluster was never written to, so that it reads as zeroes by itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from nbdlink.storage.qcow2.image import Image, L2Table
-from nbdlink.storage.qcow2.refcounts import Area, Refcounts
+from nbdlink.storage.qcow2.refcounts import Area, NotAtHandError, Refcounts
 from nbdlink.storage.qcow2.tables import (
     ALL_ALLOCATED,
     COPIED,
-    OFFSET,
     Kind,
     Run,
     subcluster_bits,
     words_of,
 )
 from nbdlink.storage.qcow2.writeback import WriteBack
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -90,15 +93,16 @@ class Writer:
         """Give an L2 table that only the active L1 table refers to. With the lock held.
 
         Raises:
-            OSError: it cannot be read, or there is no room for a new one.
+            NotAtHandError: the disk has to be asked first, see `at_hand`.
+            OSError: there is no room for a new one, or the image is damaged.
         """
         image = self.image
+        if not image.is_at_hand(index):
+            raise NotAtHandError
         entry = image.l1[index]
-        if entry & COPIED and entry & OFFSET:
-            table = image.load(index)
-            assert table is not None
+        table = image.tables.get(index)
+        if entry & COPIED and table is not None:
             return table
-        table = image.load(index)
         area = self.refcounts.allocate(1, for_metadata=True)
         offset = area.first << image.geometry.cluster_bits
         if table is None:
@@ -129,12 +133,33 @@ class Writer:
             return first, (offset + length - 1 >> bits) - first + 1
         return (position >> bits, 1) if position and not self._external else None
 
-    def wait_for(self, first: int, last: int) -> None:
-        """Wait until no guest cluster of a range is in flight. With the lock held."""
+    def at_hand(self, first: int, last: int, change: Callable[[], T]) -> T:
+        """Change guest clusters of one L2 table once none of them is in flight.
+
+        With the lock held, which is given back while others are waited for, or the disk.
+
+        Args:
+            first: the first guest cluster.
+            last: the last one.
+            change: does it, without giving the lock back. As long as it raises `NotAtHandError`
+                it is called again, and must begin anew.
+
+        Raises:
+            OSError: the disk refuses, or the image is damaged; or as `change`.
+        """
         image = self.image
-        while any(first <= index <= last for index in self.in_flight):
-            image.lock.wait()
-        image.check_damage()
+        number = first >> image.geometry.l2_bits
+        while True:
+            image.check_damage()
+            if any(first <= index <= last for index in self.in_flight):
+                image.lock.wait()
+            elif not image.is_at_hand(number):
+                image.load(number)
+            else:
+                try:
+                    return change()
+                except NotAtHandError:
+                    self.refcounts.fetch()
 
     def reads_as_zeroes(self, kind: Kind, offset: int) -> bool:
         """Tell whether a range of a kind that begins at `offset` reads as zeroes."""
@@ -166,14 +191,16 @@ class Writer:
         Raises:
             OSError: there is no room; the image is damaged; or the disk refuses.
         """
-        geometry = self.image.geometry
-        index = offset >> geometry.cluster_bits
+        index = offset >> self.image.geometry.cluster_bits
         with self.image.lock:
-            self.wait_for(index, index)
-            table = self.writable_table(index >> geometry.l2_bits)
-            if geometry.extended:
-                return self._prepare_extended(table, offset, length)
-            return self._prepare_standard(table, offset, length)
+            return self.at_hand(index, index, lambda: self._prepare(offset, length))
+
+    def _prepare(self, offset: int, length: int) -> Run | Allocation:
+        geometry = self.image.geometry
+        table = self.writable_table(offset >> geometry.cluster_bits + geometry.l2_bits)
+        if geometry.extended:
+            return self._prepare_extended(table, offset, length)
+        return self._prepare_standard(table, offset, length)
 
     def prepare_at_once(self, offset: int, length: int) -> Run | Allocation | None:
         """Do what `prepare` does, or give None if that might have to wait.
@@ -190,17 +217,14 @@ class Writer:
         if geometry.extended or not image.lock.acquire(blocking=False):
             return None
         try:
-            entry = image.l1[number]
-            if index in self.in_flight or (entry and number not in image.tables):
-                return None
-            if entry and not entry & COPIED:
-                return None
-            if not self.refcounts.has_at_hand() or image.damage is not None:
+            if index in self.in_flight or image.damage is not None:
                 return None
             table = self.writable_table(number)
             if not self._stands_alone(table, offset, length):
                 return None
             return self._prepare_standard(table, offset, length)
+        except NotAtHandError:
+            return None
         finally:
             image.lock.release()
 
@@ -343,7 +367,7 @@ class Writer:
         image, geometry = self.image, self.image.geometry
         with image.lock:
             table = image.load(allocation.first >> geometry.l2_bits)
-            assert table is not None
+            assert table is not None  # whoever changes it keeps what is in flight
             at = allocation.first & geometry.l2_mask
             if geometry.extended:
                 at *= 2

@@ -9,6 +9,7 @@ back: there nothing is done, and `zero` has to write.
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Final
 
 from nbdlink.storage.qcow2.allocation import Writer
@@ -52,23 +53,31 @@ def clear(writer: Writer, offset: int, end: int, *, may_trim: bool) -> list[tupl
         index = offset >> geometry.cluster_bits
         last = min(end - 1 >> geometry.cluster_bits, index | geometry.l2_mask, index + _AT_ONCE)
         limit = min(end, last + 1 << geometry.cluster_bits)
+        change = functools.partial(_clear_part, writer, offset, limit, may_trim=may_trim)
         with writer.image.lock:
-            writer.wait_for(index, last)
-            has_table = writer.image.l1[index >> geometry.l2_bits] != 0
-            if has_table or offset < writer.backing_size:
-                table = writer.writable_table(index >> geometry.l2_bits)
-                if geometry.extended:
-                    left += _clear_extended(writer, table, offset, limit, may_trim=may_trim)
-                else:
-                    _clear_standard(writer, table, index, last, may_trim=may_trim)
+            left += writer.at_hand(index, last, change)
         offset = limit
     return left
 
 
+def _clear_part(writer: Writer, offset: int, end: int, *, may_trim: bool) -> list[tuple[int, int]]:
+    """Do what `clear` does, in one table, with the lock held."""
+    image = writer.image
+    number = offset >> image.geometry.cluster_bits + image.geometry.l2_bits
+    if not image.l1[number] and offset >= writer.backing_size:
+        return []
+    table = writer.writable_table(number)
+    if image.geometry.extended:
+        return _clear_extended(writer, table, offset, end, may_trim=may_trim)
+    _clear_standard(writer, table, offset, end, may_trim=may_trim)
+    return []
+
+
 def _clear_standard(
-    writer: Writer, table: L2Table, index: int, last: int, *, may_trim: bool
+    writer: Writer, table: L2Table, offset: int, end: int, *, may_trim: bool
 ) -> None:
     image, geometry = writer.image, writer.image.geometry
+    index, last = offset >> geometry.cluster_bits, end - 1 >> geometry.cluster_bits
     plain = ZERO if image.header.version >= 3 else 0
     words = table.words
     start = index & geometry.l2_mask

@@ -2,8 +2,8 @@
 
 Looking up takes no lock as long as the L2 table is in memory and its entries are standard ones:
 a word of a table is read and replaced as a whole. The metadata lock, `Image.lock`, is taken for
-loading a table, for extended entries (two words that belong together), and by whoever changes
-anything.
+extended entries (two words that belong together), to see who loads a table, and by whoever changes
+anything. It is given back while the disk is read or written.
 
 Tables stay in memory up to a limit. A table object that a reader still holds after it was
 thrown out says what was true when the reader began, which is as good as any answer between its
@@ -13,9 +13,11 @@ of `writeback.Epochs`.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from array import array
+from collections.abc import Iterator
 from typing import Final
 
 from nbdlink.errors import StorageError
@@ -50,6 +52,16 @@ from nbdlink.storage.qcow2.tables import (
 
 L2_LIMIT: Final = 32 << 20
 """Bytes of L2 tables that are kept in memory: 256 GiB of disk with clusters of 64 KiB."""
+
+
+@contextlib.contextmanager
+def unlocked(lock: threading.Condition) -> Iterator[None]:
+    """Give a lock back for a while that the caller holds."""
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
 
 
 class L2Table:
@@ -120,6 +132,7 @@ class Image:
         self.damage: str | None = None
         self.compressed: CompressedClusters | None = None
         self.snapshot: str | None = None
+        self._loading: set[int] = set()
         self._most_tables = max(4, L2_LIMIT // self.geometry.cluster_size)
 
     @classmethod
@@ -297,21 +310,39 @@ class Image:
     def load(self, index: int) -> L2Table | None:
         """Give an L2 table, from disk if need be; None where there is none. With the lock held.
 
+        The lock is given back while the disk is read, so whatever was seen before may not hold any
+        more. The table cannot have changed meanwhile: who would change it has to load it, too.
+
         Raises:
             OSError: EIO, the L1 entry is damaged; or it cannot be read.
         """
-        table = self.tables.get(index)
-        if table is not None:
-            return table
-        offset = self.l1[index] & OFFSET
-        if not offset:
-            return None
+        while True:
+            table = self.tables.get(index)
+            if table is not None:
+                return table
+            offset = self.l1[index] & OFFSET
+            if not offset:
+                return None
+            if index not in self._loading:
+                break
+            self.lock.wait()
         size = self.geometry.cluster_size
         if offset & self.geometry.cluster_mask or offset >= self.file.size:
             raise self.found_damage(f"L1 entry {index} names an L2 table at {offset:#x}")
-        table = L2Table(index, offset, words_of(_read(self.file, offset, size)))
-        self.keep(table)
+        self._loading.add(index)
+        try:
+            with unlocked(self.lock):
+                words = words_of(_read(self.file, offset, size))
+            table = L2Table(index, offset, words)
+            self.keep(table)
+        finally:
+            self._loading.remove(index)
+            self.lock.notify_all()
         return table
+
+    def is_at_hand(self, index: int) -> bool:
+        """Tell whether an L2 table needs not be read: it is in memory, or there is none."""
+        return index in self.tables or not self.l1[index] & OFFSET
 
     def keep(self, table: L2Table) -> None:
         """Have a table in memory, and throw out old ones that need not be there."""

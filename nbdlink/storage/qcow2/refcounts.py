@@ -1,8 +1,9 @@
 """Which host clusters are in use: the refcount table, its blocks, and finding free clusters.
 
-All methods are called with the metadata lock held. What changes is kept in memory and written
-by `writeback`, but for two things that are rare and have to be on disk in a certain order before
-they can be used; both are done at once, with the lock held:
+All methods are called with the metadata lock held. Those of which it is said give it back while
+the disk works. What changes is kept in memory and written by `writeback`, but for two things that
+are rare and have to be on disk in a certain order before they can be used; both are done at once,
+and who needs them waits:
 
 - A new refcount block is written and made durable before the refcount table points to it, and
   it counts itself: it is the first cluster of the range that it describes. A range without a
@@ -25,11 +26,15 @@ from typing import Final, NamedTuple
 from nbdlink.errors import StorageError
 from nbdlink.storage.qcow2.counts import Counts, counts_of
 from nbdlink.storage.qcow2.header import MAX_REFCOUNT_TABLE_SIZE
-from nbdlink.storage.qcow2.image import Image
+from nbdlink.storage.qcow2.image import Image, unlocked
 from nbdlink.storage.qcow2.tables import MAX_OFFSET, OFFSET, bytes_of, words_of
 
 _KEPT: Final = 4 << 20
 """Bytes of refcount blocks that are kept in memory."""
+
+
+class NotAtHandError(Exception):
+    """What is needed is not in memory, or not there; `Refcounts.fetch` gets what it can."""
 
 
 class RefcountBlock:
@@ -93,6 +98,7 @@ class Refcounts:
             StorageError: the refcount table is damaged.
         """
         self._image = image
+        self._lock = image.lock
         self._file = image.file
         header = image.header
         self._order = header.refcount_order
@@ -117,32 +123,51 @@ class Refcounts:
         self._blocks: dict[int, RefcountBlock] = {}
         self.changed: dict[int, RefcountBlock] = {}
         self._most_blocks = max(4, _KEPT // self._cluster)
-        self._hint = 0
+        self._hint = 0  # no cluster before is free
+        self._loading: set[int] = set()
+        self._growing = False
 
     # Blocks.
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether many blocks in memory have changes that are not on disk."""
+        return len(self.changed) > self._most_blocks // 2
+
     def _block(self, index: int) -> RefcountBlock | None:
-        block = self._blocks.get(index)
-        if block is not None:
-            return block
-        if index >= len(self._table) or not self._table[index]:
-            return None
-        data = bytearray(self._cluster)
-        offset = self._table[index] & OFFSET
-        self._file.read_at(memoryview(data), offset)
-        block = RefcountBlock(index, offset, counts_of(data, self._order))
-        self._keep(block)
+        """Give a block; the lock is given back while it is read."""
+        while True:
+            block = self._blocks.get(index)
+            if block is not None:
+                return block
+            if index >= len(self._table) or not self._table[index]:
+                return None
+            if index not in self._loading:
+                break
+            self._lock.wait()
+        self._loading.add(index)
+        try:
+            data = bytearray(self._cluster)
+            offset = self._table[index] & OFFSET
+            with unlocked(self._lock):
+                self._file.read_at(memoryview(data), offset)
+            block = RefcountBlock(index, offset, counts_of(data, self._order))
+            self._keep(block)
+        finally:
+            self._loading.remove(index)
+            self._lock.notify_all()
         return block
 
     def _keep(self, block: RefcountBlock) -> None:
         if len(self._blocks) >= self._most_blocks:
-            for index, old in list(self._blocks.items()):
-                if not old.writing:
-                    if self.changed.pop(index, None):
-                        # Too high at worst, and that may be written whenever it suits.
-                        self._file.write_at(*self.changes(old))
-                    del self._blocks[index]
-                    break
+            idle = [old for old in self._blocks.values() if not old.writing]
+            old = next((one for one in idle if not one.high), next(iter(idle), None))
+            if old is not None:
+                if self.changed.pop(old.index, None):
+                    # Too high at worst, and that may be written whenever it suits. It goes to
+                    # the page cache, and only if all blocks have changes (`is_crowded`).
+                    self._file.write_at(*self.changes(old))
+                del self._blocks[old.index]
         self._blocks[block.index] = block
 
     def mark(self, block: RefcountBlock, low: int, high: int) -> None:
@@ -161,12 +186,14 @@ class Refcounts:
         return block.counts.pack()[begin:end], block.offset + begin
 
     def count(self, cluster: int) -> int:
-        """Give the refcount of a cluster."""
+        """Give the refcount of a cluster; the lock may be given back."""
         block = self._block(cluster // self.per_block)
         return 0 if block is None else block.counts[cluster % self.per_block]
 
     def lower(self, cluster: int) -> None:
         """Lower a cluster's refcount by one. Nothing on disk refers to it any more.
+
+        The lock may be given back before.
 
         Raises:
             OSError: EIO, it is 0 already: the image is damaged.
@@ -182,15 +209,6 @@ class Refcounts:
             self.metadata.discard(cluster)
             self._hint = min(self._hint, cluster)
 
-    def has_at_hand(self) -> bool:
-        """Tell whether `allocate` can give two clusters, one after the other, without the disk."""
-        index, within = divmod(self._hint, self.per_block)
-        block = self._blocks.get(index)
-        if block is None:
-            return False
-        free = block.counts.find_free(within)
-        return free >= 0 and free + 1 < self.per_block and block.counts.find_free(free + 1) > 0
-
     def allocate(self, wanted: int, *, for_metadata: bool = False) -> Area:
         """Find free clusters that follow each other, and set their refcounts to 1.
 
@@ -199,19 +217,18 @@ class Refcounts:
             for_metadata: whether they will hold metadata.
 
         Raises:
-            OSError: ENOSPC, the format can have no more; EIO, the image is damaged; or the
-                disk refuses.
+            NotAtHandError: call `fetch`, and then again; nothing has changed.
+            OSError: ENOSPC, the format can have no more; EIO, the image is damaged.
         """
         self._image.check_damage()
-        cluster = self._hint
         while True:
-            index, within = divmod(cluster, self.per_block)
-            if index >= len(self._table):
-                self._grow(index)
-            block = self._block(index) or self._new_block(index)
+            index, within = divmod(self._hint, self.per_block)
+            block = self._blocks.get(index)
+            if block is None:
+                raise NotAtHandError
             within = block.counts.find_free(within)
             if within < 0:
-                cluster = (index + 1) * self.per_block
+                self._hint = (index + 1) * self.per_block
                 continue
             count = 1
             limit = min(wanted, self.per_block - within)
@@ -241,9 +258,33 @@ class Refcounts:
         for cluster in range(first, first + count):
             self.lower(cluster)
 
-    # Growing.
+    def fetch(self) -> None:
+        """Read or make what `allocate` misses. The lock is given back meanwhile.
 
-    def _new_block(self, index: int) -> RefcountBlock:
+        Raises:
+            OSError: ENOSPC, the format can have no more; EIO, the image is damaged; or the
+                disk refuses.
+        """
+        if self._growing:
+            self._lock.wait()
+            return
+        index = self._hint // self.per_block
+        if index < len(self._table) and self._table[index]:
+            self._block(index)
+            return
+        self._growing = True
+        try:
+            if index >= len(self._table):
+                self._grow(index)
+            else:
+                self._new_block(index)
+        finally:
+            self._growing = False
+            self._lock.notify_all()
+
+    # Growing. One thread at a time does it.
+
+    def _new_block(self, index: int) -> None:
         """Make the block of a range that has none."""
         first = index * self.per_block
         if first in self.metadata or (first + 1) * self._cluster > MAX_OFFSET:
@@ -252,15 +293,15 @@ class Refcounts:
             index, first * self._cluster, counts_of(bytes(self._cluster), self._order)
         )
         block.counts[0] = 1
-        self._file.write_at(block.counts.pack(), block.offset)
-        self._file.flush()
-        self._table[index] = block.offset
         at = self._image.header.refcount_table_offset + 8 * index
-        self._file.write_at(block.offset.to_bytes(8, "big"), at)
+        with unlocked(self._lock):
+            self._file.write_at(block.counts.pack(), block.offset)
+            self._file.flush()
+            self._file.write_at(block.offset.to_bytes(8, "big"), at)
+        self._table[index] = block.offset
         self.metadata.add(first)
         self.end = max(self.end, first + 1)
         self._keep(block)
-        return block
 
     def _grow(self, needed: int) -> None:
         """Make a longer refcount table, in the first clusters that the old one cannot count.
@@ -294,15 +335,18 @@ class Refcounts:
                 counts[within] = 1
             block = RefcountBlock(old_length + number, (first + number) * self._cluster, counts)
             table[block.index] = block.offset
-            self._file.write_at(counts.pack(), block.offset)
             new.append(block)
         offset = (first + blocks) * self._cluster
-        self._file.write_at(bytes_of(table), offset)
-        self._file.flush()
+        with unlocked(self._lock):
+            for block in new:
+                self._file.write_at(block.counts.pack(), block.offset)
+            self._file.write_at(bytes_of(table), offset)
+            self._file.flush()
         old = self._image.header
         self._image.header, at, patch = old.with_refcount_table(offset, clusters)
-        self._file.write_at(patch, at)
-        self._file.flush()
+        with unlocked(self._lock):
+            self._file.write_at(patch, at)
+            self._file.flush()
         self._table = table
         self.metadata.update(range(first, first + total))
         self.end = max(self.end, first + total)

@@ -43,7 +43,7 @@ from nbdlink.storage.qcow2.opening import (
     refuse_writing,
     signature_of,
 )
-from nbdlink.storage.qcow2.refcounts import Refcounts, has_more_clusters_than_blocks
+from nbdlink.storage.qcow2.refcounts import NotAtHandError, Refcounts, has_more_clusters_than_blocks
 from nbdlink.storage.qcow2.transfer import ZEROES, Reader, read_ahead, write_parts
 from nbdlink.storage.qcow2.writeback import Epochs, WriteBack
 
@@ -425,5 +425,10 @@ class Qcow2Storage(Storage):
     def _new_cluster(self) -> int:
         writer = self._writer
         assert writer is not None
+        refcounts = writer.refcounts
         with self._image.lock:
-            return writer.refcounts.allocate(1, for_metadata=True).first << self._bits
+            while True:
+                try:
+                    return refcounts.allocate(1, for_metadata=True).first << self._bits
+                except NotAtHandError:
+                    refcounts.fetch()

@@ -111,7 +111,11 @@ class WriteBack:
     @property
     def is_crowded(self) -> bool:
         """Whether it is time to write back, though nobody has asked for it."""
-        return len(self._unreferenced) > 4096 or self._image.is_crowded
+        return (
+            len(self._unreferenced) > 4096
+            or self._image.is_crowded
+            or (self.refcounts is not None and self.refcounts.is_crowded)
+        )
 
     def sync(self) -> None:
         """Make durable what has been written and changed until now.

@@ -13,7 +13,14 @@ from nbdlink.storage.imagefile import PosixFile
 from nbdlink.storage.qcow2 import Qcow2Storage
 
 from . import qemu
-from .ways import read, read_promptly, write, write_promptly
+from .ways import (
+    read,
+    read_at_once,
+    read_promptly,
+    write,
+    write_at_once,
+    write_promptly,
+)
 
 K = 1024
 CLUSTER = 64 * K
@@ -22,33 +29,39 @@ WAYS = ((read, write), (read_promptly, write_promptly))
 
 
 class Gated(PosixFile):
-    """A file whose reads or writes of data wait at a gate.
+    """A file whose reads, writes or flushes wait at a gate.
 
     Attributes:
-        closed: "read" or "write": what has to wait; None for nothing.
+        closed: "read", "write" or "flush": what has to wait; None for nothing.
         arrived: set when somebody waits.
         gate: let them through.
+        reads: the bytes of each read.
     """
 
     closed = None
+    reads = ()
 
     def arrive(self, what, buffer):
-        # Tables are read as a whole, and data here by the sector.
-        if (
-            self.closed == what
-            and len(buffer) <= CLUSTER
-            and threading.current_thread() is self.who
-        ):
+        if self.closed == what and threading.current_thread() is self.who:
             self.arrived.set()
             assert self.gate.wait(30)
 
     def read_at(self, buffer, position):
+        self.reads = (*self.reads, len(buffer))
         self.arrive("read", buffer)
         super().read_at(buffer, position)
+
+    def read_now(self, buffer, position):
+        self.arrive("read", buffer)
+        return super().read_now(buffer, position)
 
     def write_at(self, buffer, position):
         self.arrive("write", buffer)
         super().write_at(buffer, position)
+
+    def flush(self):
+        self.arrive("flush", b"")
+        super().flush()
 
 
 class Slow:
@@ -98,10 +111,11 @@ def slow(path):
     qemu.check(path)
 
 
-def test_a_cluster_is_not_used_again_while_it_is_being_read(slow):
+@pytest.mark.parametrize("get", [read, read_at_once])
+def test_a_cluster_is_not_used_again_while_it_is_being_read(get, slow):
     storage = slow.storage
     write(storage, b"old" * 1000, 0)
-    slow.start("read", lambda: read(storage, 0, 3000))
+    slow.start("read", lambda: get(storage, 0, 3000))
     storage.trim(0, CLUSTER, False)
     for at in range(1, 60):
         storage.flush()
@@ -109,10 +123,11 @@ def test_a_cluster_is_not_used_again_while_it_is_being_read(slow):
     assert slow.finish() == b"old" * 1000
 
 
-def test_a_cluster_is_not_used_again_while_it_is_being_written_to(slow):
+@pytest.mark.parametrize("put", [write, write_at_once])
+def test_a_cluster_is_not_used_again_while_it_is_being_written_to(put, slow):
     storage = slow.storage
     write(storage, bytes(CLUSTER), 0)
-    slow.start("write", lambda: write(storage, b"late", 0))
+    slow.start("write", lambda: put(storage, b"late", 0))
     storage.trim(0, CLUSTER, False)
     for at in range(1, 60):
         storage.flush()
@@ -147,12 +162,66 @@ def test_other_requests_do_not_wait_for_a_slow_write(slow):
     slow.finish()
 
 
-def test_who_reads_what_is_being_written_sees_the_old(slow):
+@pytest.mark.parametrize("what", ["L2 table", "refcount block", "new refcount block"])
+def test_other_requests_do_not_wait_for_tables_of_a_slow_disk(what, folder):
+    cluster, size = 512, 256 * K
+    options = "cluster_size=512,refcount_bits=64"  # a refcount block for 32 KiB
+    path = qemu.create(folder / "disk.qcow2", size, options=options)
+    qemu.io(path, "write -P 1 0 4k", "write -P 1 64k 1k")
+    slow = Slow(path)
     storage = slow.storage
-    slow.start("write", lambda: write(storage, b"new!", 0))
-    assert read(storage, 0, 4) == bytes(4)
+    read(storage, 0, 1)
+    gate, request = {
+        "L2 table": ("read", lambda: read(storage, 64 * K, 1)),
+        "refcount block": ("read", lambda: write(storage, b"2" * cluster, 4 * K)),
+        "new refcount block": ("flush", lambda: write(storage, b"2" * 40 * K, 4 * K)),
+    }[what]
+    slow.start(gate, request)
+
+    def others():
+        write(storage, b"3", 0)
+        if what == "L2 table":
+            write(storage, b"4" * cluster, 8 * K)
+        storage.zero(cluster, cluster, may_trim=True, fast=True, fua=False)
+        return read(storage, 0, 2 * cluster)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            found = pool.submit(others).result(30)
+        finally:
+            slow.finish()
+    storage.close()
+    qemu.check(path)
+    assert found == b"3" + b"\x01" * (cluster - 1) + bytes(cluster)
+    assert what == "L2 table" or qemu.content(path)[4 * K :][:cluster] == b"2" * cluster
+
+
+@pytest.mark.parametrize("requests", [2, 8])
+def test_a_table_is_read_once_for_all_who_wait_for_it(requests, folder):
+    path = qemu.create(folder / "disk.qcow2", 16 * K * K)
+    qemu.io(path, "write -P 1 0 1M")
+    slow = Slow(path)
+    slow.file.reads = ()
+    slow.start("read", lambda: read(slow.storage, 0, 512))
+    with ThreadPoolExecutor(requests) as pool:
+        others = [
+            pool.submit(read, slow.storage, number * CLUSTER, 512) for number in range(requests)
+        ]
+        slow.finish()
+        assert {other.result(30) for other in others} == {b"\x01" * 512}
+    assert slow.file.reads.count(CLUSTER) == 1
+    slow.storage.close()
+
+
+@pytest.mark.parametrize(("get", "put"), [(read, write), (read_at_once, write_at_once)])
+def test_who_reads_what_is_being_written_sees_the_old(get, put, slow):
+    storage = slow.storage
+    write(storage, b"refcounts in memory", CLUSTER)
+    slow.start("write", lambda: put(storage, b"new!", 0))
+    assert get(storage, 0, 4) == bytes(4)
+    assert not write_at_once(storage, b"else", 4)  # that had to wait
     slow.finish()
-    assert read(storage, 0, 4) == b"new!"
+    assert get(storage, 0, 4) == b"new!"
 
 
 def test_a_flush_leaves_out_what_is_still_being_written(slow, path):
