@@ -343,10 +343,16 @@ class Refcounts:
             self._file.write_at(bytes_of(table), offset)
             self._file.flush()
         old = self._image.header
-        self._image.header, at, patch = old.with_refcount_table(offset, clusters)
-        with unlocked(self._lock):
-            self._file.write_at(patch, at)
-            self._file.flush()
+        _, at, patch = old.with_refcount_table(offset, clusters)
+        try:
+            with unlocked(self._lock):
+                self._file.write_at(patch, at)
+                self._file.flush()
+        except OSError:
+            # Nobody knows which table the header names now, so neither may be changed.
+            self._image.damage = "its header may name another refcount table; open it again"
+            raise
+        self._image.header = self._image.header.with_refcount_table(offset, clusters)[0]
         self._table = table
         self.metadata.update(range(first, first + total))
         self.end = max(self.end, first + total)

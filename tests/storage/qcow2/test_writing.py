@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import struct
 
 import pytest
 
@@ -343,6 +344,77 @@ def test_fua_is_a_flush(refusing):
     file.fails = "flush"
     with pytest.raises(OSError, match="lost"):
         write(storage, b"a", 0, fua=True)
+
+
+class Picky(PosixFile):
+    """A file that fails once at each of some places.
+
+    Attributes:
+        bad: begin and end of these places.
+    """
+
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        self.bad = []
+
+    def write_at(self, buffer, position):
+        for place in self.bad:
+            if place[0] <= position < place[1]:
+                self.bad.remove(place)
+                raise OSError(errno.EIO, "a bad sector")
+        super().write_at(buffer, position)
+
+
+@pytest.fixture
+def picky(folder):
+    """An image whose refcount table counts 1 MiB and whose blocks count 32 KiB."""
+    path = qemu.create(folder / "disk.qcow2", SIZE, options="cluster_size=512,refcount_bits=64")
+    files = []
+
+    def open_file(path, read_only):
+        files.append(Picky.open(path, read_only=read_only))
+        return files[0]
+
+    storage = Qcow2Storage.open(path, open_file=open_file)
+    yield path, storage, files[0]
+    with contextlib.suppress(OSError):
+        storage.close()
+
+
+def table_of(path):
+    """Give where the refcount table begins and ends."""
+    with path.open("rb") as file:
+        file.seek(48)
+        offset, clusters = struct.unpack(">QI", file.read(12))
+    return offset, offset + 512 * clusters
+
+
+def test_a_refcount_block_that_could_not_be_linked_is_linked_later(picky):
+    path, storage, file = picky
+    file.bad.append(table_of(path))
+    with pytest.raises(OSError, match="a bad sector"):
+        write(storage, b"a" * 200 * K, 0)
+    assert not file.bad
+    write(storage, b"b" * 200 * K, 0)
+    storage.close()
+    qemu.check(path, leaks=True)
+    assert qemu.content(path)[: 200 * K] == b"b" * 200 * K
+
+
+def test_nothing_is_written_once_the_header_may_name_either_refcount_table(picky):
+    path, storage, file = picky
+    write(storage, b"a" * 500 * K, 0)
+    storage.flush()
+    file.bad.append((48, 60))
+    with pytest.raises(OSError, match="a bad sector"):
+        write(storage, b"b" * 2000 * K, 600 * K)
+    for attempt in (lambda: write(storage, b"c" * K, 0), storage.flush):
+        with pytest.raises(OSError, match="open it again"):
+            attempt()
+    with contextlib.suppress(OSError):
+        storage.close()
+    qemu.check(path, leaks=True)
+    assert qemu.content(path)[: 500 * K] == b"a" * 500 * K
 
 
 # What must not be written to.
