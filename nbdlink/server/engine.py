@@ -36,7 +36,6 @@ import mmap
 import os
 import socket
 import stat
-import struct
 import threading
 from resource import RUSAGE_THREAD, getrusage
 from time import monotonic
@@ -44,16 +43,11 @@ from typing import Final
 
 from nbdlink.errors import RemoteProtocolError, TransportError
 from nbdlink.protocol.constants import (
-    EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
-    SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_MAGIC,
     Command,
     CommandFlag,
     HeaderStyle,
-    ReplyFlag,
-    ReplyType,
 )
 from nbdlink.protocol.transmission import EXTENDED_REQUEST, REQUEST
 from nbdlink.server import prompt
@@ -66,6 +60,18 @@ from nbdlink.server.outlet import Outlet, Part
 from nbdlink.server.pace import Pace, set_policy
 from nbdlink.server.replies import ReplyFormat
 from nbdlink.server.sessions import Session
+from nbdlink.server.words import (
+    EXTENDED_DATA,
+    EXTENDED_DATA_WORDS,
+    EXTENDED_OK,
+    EXTENDED_REQUEST_WORDS,
+    EXTENDED_WORDS,
+    REQUEST_WORDS,
+    SIMPLE_OK,
+    SIMPLE_WORDS,
+    STRUCTURED_DATA,
+    STRUCTURED_DATA_WORDS,
+)
 from nbdlink.server.workers import Workers
 from nbdlink.storage.mapping import NO_WINDOW, PAGE
 
@@ -75,23 +81,6 @@ _WRITE: Final = int(Command.WRITE)
 _DISCONNECT: Final = int(Command.DISC)
 _DF: Final = int(CommandFlag.DF)
 _PAYLOAD: Final = int(CommandFlag.PAYLOAD_LEN)
-
-# The loop's view of headers: magic, flags and type are one number, so that a single comparison
-# tells a plain read or write, and replies have half as many numbers to pack. That is worth a
-# tenth of the interpreter's share.
-_REQUEST_WORDS: Final = struct.Struct(">QQQI").unpack_from
-_EXTENDED_REQUEST_WORDS: Final = struct.Struct(">QQQQ").unpack_from
-_SIMPLE_WORDS: Final = struct.Struct(">QQ")
-_STRUCTURED_DATA_WORDS: Final = struct.Struct(">QQIQ")
-_EXTENDED_DATA_WORDS: Final = struct.Struct(">QQQQQ")
-_EXTENDED_WORDS: Final = struct.Struct(">QQQQ")
-
-_SIMPLE_OK: Final = SIMPLE_REPLY_MAGIC << 32
-_STRUCTURED_DATA: Final = (
-    STRUCTURED_REPLY_MAGIC << 32 | ReplyFlag.DONE << 16 | ReplyType.OFFSET_DATA
-)
-_EXTENDED_DATA: Final = EXTENDED_REPLY_MAGIC << 32 | ReplyFlag.DONE << 16 | ReplyType.OFFSET_DATA
-_EXTENDED_OK: Final = EXTENDED_REPLY_MAGIC << 32 | ReplyFlag.DONE << 16 | ReplyType.NONE
 
 DISCONNECTED: Final = "disconnected"
 """The words for a client that has said goodbye."""
@@ -191,12 +180,12 @@ class Transmission:
         recv_into, send, sendmsg = sock.recv_into, sock.send, sock.sendmsg
         preadv: prompt.Read = os.preadv
         pwrite: prompt.Write = os.pwrite
-        pack_simple, pack_simple_into = _SIMPLE_WORDS.pack, _SIMPLE_WORDS.pack_into
-        pack_data = _STRUCTURED_DATA_WORDS.pack
+        pack_simple, pack_simple_into = SIMPLE_WORDS.pack, SIMPLE_WORDS.pack_into
+        pack_data = STRUCTURED_DATA_WORDS.pack
         header, data_header = intake.request.size, self._form.data.size
         simple = self._form.style == HeaderStyle.SIMPLE
         extended = self._form.style == HeaderStyle.EXTENDED
-        unpack = _EXTENDED_REQUEST_WORDS if extended else _REQUEST_WORDS
+        unpack = EXTENDED_REQUEST_WORDS if extended else REQUEST_WORDS
         magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         a_read = magic << 32 | _READ
         a_write = magic << 32 | (_PAYLOAD << 16 if extended else 0) | _WRITE
@@ -274,13 +263,13 @@ class Transmission:
                         ):
                             # No call for what differs: it would cost more than the packing.
                             if simple:
-                                opening = pack_simple(_SIMPLE_OK, cookie)
+                                opening = pack_simple(SIMPLE_OK, cookie)
                             elif extended:
-                                opening = _EXTENDED_DATA_WORDS.pack(
-                                    _EXTENDED_DATA, cookie, offset, length + 8, offset
+                                opening = EXTENDED_DATA_WORDS.pack(
+                                    EXTENDED_DATA, cookie, offset, length + 8, offset
                                 )
                             else:
-                                opening = pack_data(_STRUCTURED_DATA, cookie, length + 8, offset)
+                                opening = pack_data(STRUCTURED_DATA, cookie, length + 8, offset)
                             parts.append(opening)
                             parts.append(pages[offset - first : offset - first + length])
                             reads.append((cookie, offset, length))
@@ -352,12 +341,12 @@ class Transmission:
                             aside.dispatch(_WRITE, 0, cookie, offset, length, data)
                             continue
                         if extended:
-                            _EXTENDED_WORDS.pack_into(
-                                outbox, position, _EXTENDED_OK, cookie, offset, 0
+                            EXTENDED_WORDS.pack_into(
+                                outbox, position, EXTENDED_OK, cookie, offset, 0
                             )
                             position += 32
                         else:
-                            pack_simple_into(outbox, position, _SIMPLE_OK, cookie)
+                            pack_simple_into(outbox, position, SIMPLE_OK, cookie)
                             position += 16
                         bytes_written += length
 

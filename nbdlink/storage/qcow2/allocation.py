@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from nbdlink.storage.qcow2.image import Image, L2Table
 from nbdlink.storage.qcow2.refcounts import Area, NotAtHandError, Refcounts
@@ -30,6 +30,10 @@ from nbdlink.storage.qcow2.tables import (
 from nbdlink.storage.qcow2.writeback import WriteBack
 
 T = TypeVar("T")
+
+_PATIENCE: Final = 0.002
+"""Seconds that a request that must not wait gives to whoever has the metadata lock: mostly it is
+free again in microseconds, but not if many tables are copied, or many clusters cleared."""
 
 
 @dataclass(slots=True)
@@ -205,8 +209,8 @@ class Writer:
     def prepare_at_once(self, offset: int, length: int) -> Run | Allocation | None:
         """Do what `prepare` does, or give None if that might have to wait.
 
-        It would have to for a lock, for another write, for the disk, or for what lies around the
-        range and has to be copied with it.
+        It would have to for a lock for longer than a moment, for another write, for the disk, or
+        for what lies around the range and has to be copied with it.
 
         Raises:
             OSError: as `prepare`.
@@ -214,7 +218,7 @@ class Writer:
         image, geometry = self.image, self.image.geometry
         index = offset >> geometry.cluster_bits
         number = index >> geometry.l2_bits
-        if geometry.extended or not image.lock.acquire(blocking=False):
+        if geometry.extended or not image.lock.acquire(timeout=_PATIENCE):
             return None
         try:
             if index in self.in_flight or image.damage is not None:

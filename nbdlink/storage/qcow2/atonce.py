@@ -5,7 +5,7 @@ of a request, or says that it cannot; then `Qcow2Storage` does it in a thread th
 nothing has to be known here of reasons, and doing a part of a write twice does no harm: it is not
 answered yet.
 
-No lock is waited for that is held while the disk works, and nothing is read but by `read_now`.
+No lock is waited for that is held for long, and nothing is read but by `read_now`.
 A write of clusters that are there goes where it belongs, as any other (`Places`). One that takes
 new clusters is prepared and linked as any other, if the refcounts for them are in memory and
 nothing around it has to be copied.

@@ -53,28 +53,55 @@ def clear(writer: Writer, offset: int, end: int, *, may_trim: bool) -> list[tupl
         index = offset >> geometry.cluster_bits
         last = min(end - 1 >> geometry.cluster_bits, index | geometry.l2_mask, index + _AT_ONCE)
         limit = min(end, last + 1 << geometry.cluster_bits)
-        change = functools.partial(_clear_part, writer, offset, limit, may_trim=may_trim)
+        emptied: set[int] = set()
+        change = functools.partial(_clear_part, writer, offset, limit, emptied, may_trim=may_trim)
         with writer.image.lock:
             left += writer.at_hand(index, last, change)
+            writer.in_flight |= emptied
+        if emptied:
+            _discard(writer, emptied)
         offset = limit
     return left
 
 
-def _clear_part(writer: Writer, offset: int, end: int, *, may_trim: bool) -> list[tuple[int, int]]:
-    """Do what `clear` does, in one table, with the lock held."""
+def _discard(writer: Writer, clusters: set[int]) -> None:
+    """Give the space of guest clusters in an external data file back.
+
+    There the place stays the guest cluster's own. Were the power cut now, it would read as zeroes
+    already, which it may. Until this is done nobody else writes there: they are in flight.
+    """
+    image = writer.image
+    size = image.geometry.cluster_size
+    try:
+        for index in sorted(clusters):
+            with contextlib.suppress(OSError):  # the space stays, and nothing is lost
+                image.data.discard_at(index * size, size)
+    finally:
+        with image.lock:
+            writer.in_flight -= clusters
+            image.lock.notify_all()
+
+
+def _clear_part(
+    writer: Writer, offset: int, end: int, emptied: set[int], *, may_trim: bool
+) -> list[tuple[int, int]]:
+    """Do what `clear` does, in one table, with the lock held.
+
+    Guest clusters whose place in an external data file is not needed any more go to `emptied`.
+    """
     image = writer.image
     number = offset >> image.geometry.cluster_bits + image.geometry.l2_bits
     if not image.l1[number] and offset >= writer.backing_size:
         return []
     table = writer.writable_table(number)
     if image.geometry.extended:
-        return _clear_extended(writer, table, offset, end, may_trim=may_trim)
-    _clear_standard(writer, table, offset, end, may_trim=may_trim)
+        return _clear_extended(writer, table, offset, end, emptied, may_trim=may_trim)
+    _clear_standard(writer, table, offset, end, emptied, may_trim=may_trim)
     return []
 
 
 def _clear_standard(
-    writer: Writer, table: L2Table, offset: int, end: int, *, may_trim: bool
+    writer: Writer, table: L2Table, offset: int, end: int, emptied: set[int], *, may_trim: bool
 ) -> None:
     image, geometry = writer.image, writer.image.geometry
     index, last = offset >> geometry.cluster_bits, end - 1 >> geometry.cluster_bits
@@ -93,12 +120,12 @@ def _clear_standard(
             words[at] = entry | ZERO
         else:
             words[at] = plain
-            _give_back(writer, entry, offset)
+            _give_back(writer, entry, index + at - start, emptied)
         image.mark(table, at, at + 1)
 
 
 def _clear_extended(
-    writer: Writer, table: L2Table, offset: int, end: int, *, may_trim: bool
+    writer: Writer, table: L2Table, offset: int, end: int, emptied: set[int], *, may_trim: bool
 ) -> list[tuple[int, int]]:
     image, geometry = writer.image, writer.image.geometry
     size, granule = geometry.cluster_size, geometry.granule
@@ -124,19 +151,16 @@ def _clear_extended(
                 new = ALL_ZERO
             if kind is Kind.COMPRESSED or (whole and host and (may_trim or not entry & COPIED)):
                 table.words[at] = 0
-                _give_back(writer, entry, begin)
+                _give_back(writer, entry, begin >> geometry.cluster_bits, emptied)
             table.words[at + 1] = new
             image.mark(table, at, at + 2)
         offset = limit
     return left
 
 
-def _give_back(writer: Writer, entry: int, offset: int) -> None:
+def _give_back(writer: Writer, entry: int, index: int, emptied: set[int]) -> None:
     image = writer.image
     if clusters := writer.host_clusters(entry):
         writer.writeback.give_back(*clusters)
     elif image.data is not image.file and writer.writeback.discard:
-        # In an external data file the place stays the guest cluster's own. Were the power cut
-        # now, it would read as zeroes already, which it may.
-        with contextlib.suppress(OSError):  # the space stays, and nothing is lost
-            image.data.discard_at(offset, image.geometry.cluster_size)
+        emptied.add(index)

@@ -12,7 +12,7 @@ import pytest
 
 from nbdlink.errors import StorageError
 from nbdlink.storage.chain import Chain
-from nbdlink.storage.qcow2 import Qcow2Storage
+from nbdlink.storage.qcow2 import Qcow2Storage, image
 from nbdlink.storage.qcow2.backing import MAX_DEPTH
 
 from . import qemu
@@ -379,6 +379,26 @@ def test_a_snapshot_of_another_size_has_its_own(with_snapshots, opened):
 def test_a_snapshot_cannot_be_written_to(with_snapshots):
     with pytest.raises(StorageError, match="snapshot cannot be written"):
         Qcow2Storage.open(with_snapshots, snapshot="1")
+
+
+# Tables in memory.
+
+
+@pytest.mark.parametrize(("limit", "most"), [(4 * K, 8), (1 << 30, SIZE // (32 * K) + 1)])
+def test_tables_in_memory_are_bounded_and_no_more_than_there_are(
+    limit, most, folder, opened, monkeypatch
+):
+    monkeypatch.setattr(image, "L2_LIMIT", limit)
+    path = qemu.create(folder / "disk.qcow2", SIZE, options="cluster_size=512")
+    # A byte in each range that a table covers.
+    qemu.io(path, *(f"write -P {1 + at // (32 * K)} {at} 512" for at in range(0, SIZE, 32 * K)))
+    storage = opened(path)
+    tables = set()
+    for turn in range(2):
+        for at in range(0, SIZE, 32 * K):
+            assert read(storage, at, 512) == bytes([1 + at // (32 * K)]) * 512, turn
+            tables.add(len(storage._image.tables))
+    assert max(tables) == most
 
 
 # Hints, and processes.

@@ -29,10 +29,10 @@ WAYS = ((read, write), (read_promptly, write_promptly))
 
 
 class Gated(PosixFile):
-    """A file whose reads, writes or flushes wait at a gate.
+    """A file whose reads, writes, flushes or discards wait at a gate.
 
     Attributes:
-        closed: "read", "write" or "flush": what has to wait; None for nothing.
+        closed: "read", "write", "flush" or "discard": what has to wait; None for nothing.
         arrived: set when somebody waits.
         gate: let them through.
         reads: the bytes of each read.
@@ -62,6 +62,10 @@ class Gated(PosixFile):
     def flush(self):
         self.arrive("flush", b"")
         super().flush()
+
+    def discard_at(self, position, length):
+        self.arrive("discard", b"")
+        super().discard_at(position, length)
 
 
 class Slow:
@@ -194,6 +198,30 @@ def test_other_requests_do_not_wait_for_tables_of_a_slow_disk(what, folder):
     qemu.check(path)
     assert found == b"3" + b"\x01" * (cluster - 1) + bytes(cluster)
     assert what == "L2 table" or qemu.content(path)[4 * K :][:cluster] == b"2" * cluster
+
+
+@pytest.mark.parametrize("options", ["data_file=data.raw", "data_file=data.raw,extended_l2=on"])
+def test_only_who_writes_there_waits_until_space_of_a_data_file_is_given_back(options, folder):
+    path = qemu.create(folder / "disk.qcow2", 16 * K * K, options=options)
+    slow = Slow(path)
+    storage = slow.storage
+    slow.file = storage._data
+    write(storage, b"o" * (4 * CLUSTER), 0)
+    slow.start("discard", lambda: storage.trim(CLUSTER, CLUSTER, False))
+    with ThreadPoolExecutor(2) as pool:
+        same = pool.submit(write, storage, b"n", CLUSTER)
+        try:
+            pool.submit(storage.trim, 8 * CLUSTER, CLUSTER, True).result(30)
+            pool.submit(write, storage, b"p", 9 * CLUSTER).result(30)
+            assert pool.submit(read, storage, CLUSTER, 2).result(30) == bytes(2)
+            assert not same.done()
+        finally:
+            slow.finish()
+        same.result(30)
+    storage.close()
+    qemu.check(path)
+    expected = b"o" * CLUSTER + (b"n" + bytes(CLUSTER - 1)) + b"o" * (2 * CLUSTER)
+    assert qemu.content(path)[: 4 * CLUSTER] == expected
 
 
 @pytest.mark.parametrize("requests", [2, 8])
