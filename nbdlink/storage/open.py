@@ -312,7 +312,7 @@ def _warn_of_raw(spec: StorageSpec) -> None:
 def _open_format(spec: StorageSpec, kind: str) -> Storage:
     if kind not in SERVED:
         raise StorageError(
-            f"{spec.path} is a {kind} image, which cannot be served",
+            f"{spec.path}: {kind} images cannot be served",
             hint="-f raw serves the bytes of the file as they are",
         )
     if kind != "qcow2" and not spec.read_only and not spec.overlay:

@@ -61,6 +61,8 @@ def test_a_wrong_command_line_ends_with_2_and_two_lines(words, says, capsys):
         (["attach", "h", "--timeout", "0"], 2, "timeout of 0"),
         (["attach", "h", "--dead-timeout", "-1"], 2, "dead timeout of -1"),
         (["attach", "h", "--block-size", "x"], 2, "'x' is not a size"),
+        (["serve", "x", "--offset", "y"], 2, "--offset: 'y' is not a size"),
+        (["serve", "x", "--size", "y"], 2, "--size: 'y' is not a size"),
         (["attach", "h/a", "-x", "b"], 2, "named twice"),
         (["attach", "h", "--name", "a/b"], 2, "cannot name a link"),
         (["attach", "h", "--name", "nbd0"], 2, "name of a device"),
