@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Final
 
 from nbdlink.link import record
 from nbdlink.link.attach import attach
@@ -35,8 +36,10 @@ from .conftest import PATIENCE, free_all, until
 from .faults import SIZE, world
 
 CHANNELS = 4
-_NOISE = 6
+_NOISE: Final = 6
 """Files that come and go without being synced."""
+_PAGES: Final = 400
+"""Synced files that are kept; there is room for a thousand."""
 
 
 class Diary:
@@ -46,15 +49,24 @@ class Diary:
     to be lost.
 
     Attributes:
-        synced: their digests by name.
+        count: how many have been synced.
+        synced: the digests by name of those that are still there.
         failed: what a system call failed with, or None.
     """
 
     def __init__(self, folder: Path, seed: int = 1, note=lambda what: None) -> None:
-        """Prepare; `note` is called with what has just been synced."""
+        """Prepare.
+
+        Args:
+            folder: where the file system is mounted.
+            seed: for names and data.
+            note: called with what has just been synced: its name and digest, or None for the
+                digest of a file that is about to be removed.
+        """
         self._folder, self._note = folder, note
         self._dice = random.Random(seed)
         self._stopping = False
+        self.count = 0
         self.synced: dict[str, str] = {}
         self.failed: OSError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -68,8 +80,8 @@ class Diary:
 
     def grows(self, count: int):
         """Wait until so many more files have been synced."""
-        goal = len(self.synced) + count
-        until(lambda: self.failed or len(self.synced) >= goal, PATIENCE * 2)
+        goal = self.count + count
+        until(lambda: self.failed or self.count >= goal, PATIENCE * 2)
         assert self.failed is None, self.failed
 
     def stop(self):
@@ -83,11 +95,13 @@ class Diary:
             while not self._stopping:
                 self._make_noise()
                 self._write_page()
+                if len(self.synced) > _PAGES:
+                    self._remove_page()
         except OSError as error:
             self.failed = error
 
     def _write_page(self):
-        name = f"{len(self.synced):05}"
+        name = f"{self.count:05}"
         data = self._dice.randbytes(self._dice.randrange(1, 24 << 10))
         with (self._folder / "diary" / name).open("wb") as file:
             file.write(data)
@@ -98,6 +112,13 @@ class Diary:
         os.close(folder)
         self.synced[name] = hashlib.sha256(data).hexdigest()
         self._note({name: self.synced[name]})
+        self.count += 1
+
+    def _remove_page(self):
+        name = next(iter(self.synced))
+        del self.synced[name]
+        self._note({name: None})
+        (self._folder / "diary" / name).unlink()
 
     def _make_noise(self):
         paths = [self._folder / "noise" / f"{number}" for number in range(_NOISE)]
@@ -126,7 +147,7 @@ def make_file_system(path):
     run("/sbin/mkfs.ext4", "-q", "-F", "-E", options, path)
 
 
-def verify(image: Path, promised: dict[str, str], folder: Path):
+def verify(image: Path, promised: dict[str, str | None], folder: Path):
     """Replay the journal of an image, and look for what is wrong in it and what is missing.
 
     Raises:
@@ -140,7 +161,7 @@ def verify(image: Path, promised: dict[str, str], folder: Path):
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in Path(name, "diary").iterdir()
         }
-    missing = {name for name in promised if found.get(name) != promised[name]}
+    missing = {name for name, digest in promised.items() if digest and found.get(name) != digest}
     assert not missing, f"of {len(promised)} synced files are lost or wrong: {sorted(missing)}"
 
 
@@ -171,8 +192,10 @@ def kill_servers(folder: Path, kills: int, seed: int = 1) -> int:
             for _ in range(kills):
                 diary.grows(1)
                 here.pause(0.3)
-                promised = dict(diary.synced)
+                before = dict(diary.synced)
                 here.server.kill()
+                # Without those that were about to be removed meanwhile.
+                promised = {name: before[name] for name in before.keys() & diary.synced.keys()}
                 copy = folder / "copy.img"
                 run("cp", "--sparse=always", here.server.image, copy)
                 here.server.start()
@@ -181,7 +204,7 @@ def kill_servers(folder: Path, kills: int, seed: int = 1) -> int:
             diary.stop()
             run("umount", mountpoint)
             run("/sbin/e2fsck", "-f", "-n", here.device)
-            return len(diary.synced)
+            return diary.count
 
 
 # Power that fails.

@@ -19,4 +19,4 @@ def test_a_file_system_survives_when_its_server_is_killed(tmp_path):
 
 
 def test_a_file_system_survives_when_the_power_fails(tmp_path):
-    assert cut_power(tmp_path, files=8, cuts=8)
+    assert cut_power(tmp_path, files=6, cuts=6)
