@@ -16,7 +16,8 @@ sources := nbdlink tests $(wildcard bench)
 # pip shows a progress bar to a person, and nothing to a log.
 pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 || echo --quiet)
 
-.PHONY: help demo test unit lint kernel-test systemd-test deb deb-test bench bench-quick bench-attach bench-roads bench-recovery clean
+.PHONY: help demo test unit lint kernel-test systemd-test deb deb-test bench \
+    bench-quick bench-attach bench-roads bench-recovery clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,12 +41,12 @@ lint: $(venv)/.for-tests ## linters and types only
 	@$(python) -m pytest tests/test_lint.py
 
 kernel-test: ## the kernel tests only, in a virtual machine per kernel
-	@vagrant/provision.sh test
+	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
 
 systemd-test: ## rules, units and power-off, in virtual machines with systemd
-	@vagrant/provision.sh test
+	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite --systemd $(SYSTEMD_KERNEL) $(SUITE_OPTIONS)
 
@@ -70,7 +71,7 @@ bench-quick: ## the same in four minutes, with less of it; the page goes to buil
 
 # Installed as users install it: an editable install looks every module up in a slower way.
 bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtual machine
-	@vagrant/provision.sh test
+	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
 	@$(PYTHON) -m venv --clear build/bench-venv
 	@build/bench-venv/bin/python -m pip install --quiet --disable-pip-version-check .
@@ -80,7 +81,7 @@ bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtua
 	    build/bench-venv/bin/python bench/attach.py docs/benchmarks/attach.md
 
 bench-roads: ## a device's TLS in the kernel, beside the relay and nbd-client's proxy, likewise
-	@vagrant/provision.sh test
+	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
 	@mkdir -p docs/benchmarks
 	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 900 --rw docs/benchmarks -- \
@@ -88,7 +89,7 @@ bench-roads: ## a device's TLS in the kernel, beside the relay and nbd-client's 
 
 # RECOVERY_OPTIONS: see bench/recovery.py.
 bench-recovery: ## how soon a device answers when its server is back, likewise
-	@vagrant/provision.sh test
+	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
 	@$(python) -m compileall -q nbdlink bench
 	@mkdir -p docs/benchmarks

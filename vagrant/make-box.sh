@@ -42,7 +42,7 @@ chroot "$root" env DEBIAN_FRONTEND=noninteractive sh -c '
     echo MODULES=most >>/etc/initramfs-tools/initramfs.conf
     update-initramfs -u'
 install -m 755 "$here/provision.sh" "$root/root/provision.sh"
-chroot "$root" /root/provision.sh test
+chroot "$root" /root/provision.sh kernel
 rm "$root/root/provision.sh"
 chroot "$root" apt-get clean
 

@@ -1,10 +1,12 @@
 #!/bin/sh
 # Install the Debian packages of one group:
 #
-#     provision.sh demo|test|bench
+#     provision.sh demo|kernel|deb|test|bench
 #
 # demo   what `make demo` takes: a virtual machine and the tools to make a file system
-# test   demo, and the programs of others that the tests speak to
+# kernel demo, and the programs of others that the tests speak to
+# deb    what builds and checks the Debian package
+# test   kernel and deb, and what looks at pages, completions and machines
 # bench  test, and a compiler for the programs that benchmarks compare with, one of which is a
 #        plugin for nbdkit
 #
@@ -13,25 +15,34 @@
 set -eu
 
 demo="python3-venv qemu-system-x86 seabios busybox-static kmod udev e2fsprogs fdisk mount"
-test="qemu-utils nbdkit nbd-server nbd-client libnbd-bin python3-libnbd fio iproute2 procps strace"
+kernel="qemu-utils nbdkit nbd-server nbd-client libnbd-bin python3-libnbd fio iproute2 procps strace"
 # For systemd-socket-activate, with which a server is started by its first client.
-test="$test systemd"
+kernel="$kernel systemd"
 # Without this nbdinfo (1.14) prints random bytes where it tells the content.
-test="$test file"
+kernel="$kernel file"
 # To break connections off on their way.
-test="$test nftables"
+kernel="$kernel nftables"
 # To ask for metrics as others do.
-test="$test curl"
+kernel="$kernel curl"
 # To ask another TLS library, and as a client and server of plain TLS.
-test="$test openssl"
+kernel="$kernel openssl"
+deb="debhelper debootstrap dh-python lintian pybuild-plugin-pyproject python3-all"
+# The Debian package runs with these.
+test="python3-openssl python3-pyroute2 python3-pyudev python3-rich"
+# Manual pages are set by both, and completions tried in these shells.
+test="$test man-db mandoc fish zsh"
+# For `vagrant validate`.
+test="$test vagrant vagrant-libvirt"
 bench="gcc libc6-dev nbdkit-plugin-dev"
 
 case ${1-} in
 demo) packages=$demo ;;
-test) packages="$demo $test" ;;
-bench) packages="$demo $test $bench" ;;
+kernel) packages="$demo $kernel" ;;
+deb) packages=$deb ;;
+test) packages="$demo $kernel $deb $test" ;;
+bench) packages="$demo $kernel $bench" ;;
 *)
-    echo "usage: $0 demo|test|bench" >&2
+    echo "usage: $0 demo|kernel|deb|test|bench" >&2
     exit 2
     ;;
 esac

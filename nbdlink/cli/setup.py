@@ -28,6 +28,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.undo and arguments.executable:
         raise ConfigError("--executable is for installing, not for --undo")
+    if not arguments.undo and installation.is_packaged():
+        if arguments.json:
+            from nbdlink.cli.output import print_json
+
+            print_json({"files": [], "reloaded": []})
+        words = "nothing to do: the package that brought nbdlink has installed all of it"
+        print(f"nbdlink: {words}", file=sys.stderr)
+        return 0
     root = Path(arguments.root or "/").absolute()
     if not root.is_dir():
         raise ConfigError(f"{root} is no directory", hint="--root takes one that exists")

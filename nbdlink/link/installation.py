@@ -33,6 +33,9 @@ _MAN: Final = "usr/local/share/man"
 _PACKAGED: Final = "/usr/bin/nbdlink"
 """The program in the units as they are kept in the project and in packages."""
 
+_PACKAGED_FILES: Final = Path("/usr/share/nbdlink")
+"""Where packages have what `nbdlink doctor` compares with; pip has no business there."""
+
 # Where each folder of the project goes, by the endings of its files.
 _PLACES: Final = (
     ("udev", r".*\.rules", RULES + "/{name}"),
@@ -91,6 +94,15 @@ def sources() -> Path:
         f"{places[-1]} has no udev rules and no units to install",
         hint="install nbdlink anew, by pip or pipx",
     )
+
+
+def is_packaged() -> bool:
+    """Tell whether a package of the distribution has brought this nbdlink, and all files with it.
+
+    Raises:
+        NBDError: the files are nowhere.
+    """
+    return sources() == _PACKAGED_FILES
 
 
 def _installed_places() -> Iterator[Path]:

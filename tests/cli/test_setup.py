@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from nbdlink.cli.main import main
+from nbdlink.link import installation
 
 UNIT = "usr/local/lib/systemd/system/nbdlink.service"
 
@@ -58,6 +59,13 @@ def test_a_foreign_file_is_one_line_and_its_remedy(tmp_path, capsys):
         f"nbdlink: {path} exists, and nbdlink setup did not install it\n"
         "  hint: move it away, or keep it and do without nbdlink setup\n"
     )
+
+
+def test_a_package_needs_no_setup(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(installation, "sources", lambda: Path("/usr/share/nbdlink"))
+    assert main(["setup", "--root", str(tmp_path)]) == 0
+    assert "the package that brought nbdlink has installed all of it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_root_that_does_not_exist(tmp_path, capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import nbdlink
+from nbdlink.cli.candidates import candidates
 from nbdlink.cli.main import main
 from nbdlink.link import record
 from nbdlink.server import serve_in_thread
@@ -249,3 +250,11 @@ def test_attaching_leaves_no_descriptor_behind(run, server):
         run("detach", "/dev/nbd5")
     # The server's end of a connection is closed by its own thread, a little later.
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 1
+
+
+def test_completion_knows_devices_and_names(run, server):
+    _, device, _ = run("attach", "--name", "data", server.uri("data"))
+    assert [value for value, _ in candidates(["detach"], "").values] == [device, "data"]
+    free = [value for value, _ in candidates(["attach", "host"], "").values]
+    assert free
+    assert device not in free
