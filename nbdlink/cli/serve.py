@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 from nbdlink.cli.devices import ServedDevice
 from nbdlink.cli.listening import listeners, parse_ports, pid_files
 from nbdlink.cli.objects import add_object_arguments, apply_objects
-from nbdlink.cli.several import add_several_arguments, check_several, open_one_of_several
+from nbdlink.cli.several import (
+    add_several_arguments,
+    check_several,
+    join_sizes,
+    open_one_of_several,
+)
 from nbdlink.cli.storage import add_storage_arguments, further_contexts, storage_spec
 from nbdlink.cli.tls import add_server_arguments, server_security
 from nbdlink.errors import ConfigError, StorageError
@@ -106,6 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add_server_arguments(parser)
     add_object_arguments(parser)
     parser.set_defaults(run=run, announce=True)
+
+
+def prepare(words: list[str]) -> list[str]:
+    """Make words of a command line such that argparse takes them as they are meant."""
+    return join_sizes(words)
 
 
 def run(arguments: argparse.Namespace) -> int:

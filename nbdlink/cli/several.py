@@ -41,6 +41,17 @@ def add_several_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def join_sizes(words: list[str]) -> list[str]:
+    """Have argparse take `--size -,512M` for an option with its value, not for two options."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--size" and word.startswith("-,"):
+            joined[-1] = f"--size={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def check_several(arguments: argparse.Namespace) -> None:
     """Look whether the options go together.
 

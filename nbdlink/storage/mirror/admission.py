@@ -12,7 +12,7 @@ from nbdlink.errors import NBDError, StorageError
 from nbdlink.storage.base import Storage
 from nbdlink.storage.mirror.members import Member, Opener, words
 from nbdlink.storage.mirror.places import canonical, copy_path, device_identity, keeps_copy, owner
-from nbdlink.storage.mirror.record import Entry
+from nbdlink.storage.mirror.record import Entry, peek
 
 if TYPE_CHECKING:
     from nbdlink.storage.mirror.storage import Mirror
@@ -48,6 +48,7 @@ class Admission:
                     f"{member.name} was not named when the server was started",
                     hint="start it with all members, or rebuild this one when no server runs",
                 )
+            self._check_record(address)
             self._close(member)
             self._admit(member, member.entry, member.opener)
 
@@ -62,6 +63,7 @@ class Admission:
             mirror, member, other = self._mirror, self._member(address), canonical(other)
             if any(each.name == other for each in mirror.members):
                 raise StorageError(f"{other} is a member of the mirror already")
+            self._check_record(other)
             storage = self._open(other, lambda: self._another(other))
             storage.close()
             with mirror.lock:
@@ -89,6 +91,8 @@ class Admission:
         Raises:
             StorageError: there is none, or nothing may be changed.
         """
+        if self._mirror.is_closing:
+            raise StorageError("the mirror's server is ending", hint="start it again first")
         if self._mirror.read_only:
             raise StorageError("the mirror is served read-only", hint="serve it without -r first")
         address = canonical(address)
@@ -99,6 +103,23 @@ class Admission:
             f"{address} is no member of the mirror",
             hint="`nbdlink mirror status` tells which there are",
         )
+
+    def _check_record(self, address: str) -> None:
+        """Refuse a member that belongs to another mirror.
+
+        Raises:
+            StorageError: it does, or its record cannot be read.
+        """
+        address = canonical(address)
+        path = copy_path(self._mirror.mirror, address)
+        if not keeps_copy(address) or not path.exists():
+            return
+        state = peek(path)
+        if state is None or state.mirror != self._mirror.mirror:
+            raise StorageError(
+                f"{address} cannot be rebuilt: {path} is the record of another mirror",
+                hint="remove the record if that mirror is not needed any more",
+            )
 
     def _open(self, address: str, opener: Opener) -> Storage:
         try:
