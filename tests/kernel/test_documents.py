@@ -11,6 +11,7 @@ from tests.documents.typed import type_page
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("runtime_directory")]
 
 
+@pytest.mark.timeout(600)  # a page's commands one after the other, under emulation
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(each.said == "guest" for each in blocks(page))]
 )
