@@ -33,6 +33,7 @@ def test_the_marks_make_sense(page):
         assert set(block.needs) <= set(PREPARATIONS), block.place
 
 
+@pytest.mark.timeout(600)  # a page's commands one after the other, beside other tests
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(each.said == "host" for each in blocks(page))]
 )
