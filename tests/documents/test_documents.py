@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from .blocks import PAGES, Block, Command, UnmarkedError, blocks, commands, matches, parse
+from .blocks import PAGES, TYPED, Block, Command, UnmarkedError, blocks, commands, matches, parse
 from .shell import PREPARATIONS
 from .typed import type_page
 
@@ -29,13 +29,12 @@ def test_every_block_is_run_or_says_why_not():
 def test_the_marks_make_sense(page):
     for block in blocks(page):
         if block.mark == "run":
-            assert block.said in ("host", "guest"), block.place
+            assert page in TYPED[block.said], block.place
         assert set(block.needs) <= set(PREPARATIONS), block.place
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(each.said == "host" for each in blocks(page))]
-)
+@pytest.mark.timeout(600)  # a page's commands one after the other, beside other tests
+@pytest.mark.parametrize("page", TYPED["host"])
 def test_what_is_told_to_type_works(page, tmp_path):
     for program in NEEDED:
         if shutil.which(program) is None:

@@ -93,6 +93,28 @@ def test_a_read_that_fails(doctor, image, tmp_path):
     assert "input/output error" in last["found"]
 
 
+def test_a_server_that_knows_only_the_oldstyle_negotiation(doctor, image, tmp_path):
+    need("nbdkit")
+    path = tmp_path / "socket"
+    command = ["nbdkit", "-f", "-o", "-U", path, "file", image]
+    target = Target(socket=str(path))
+    with peers._running([str(word) for word in command], target):
+        status, _, last = doctor(target)
+    assert (status, last["check"], last["status"]) == (1, "negotiation", "failed")
+    assert "oldstyle" in last["found"]
+
+
+def test_a_certificate_that_nbdkit_wants(doctor, image, tmp_path):
+    need("nbdkit")
+    authority = Authority()
+    folder = authority.write_directory(tmp_path / "pki", server=authority.issue())
+    trust = authority.write_directory(tmp_path / "trust")
+    with tls_peers.nbdkit(image, folder, "--tls-verify-peer") as target:
+        status, _, last = doctor("--tls-certificates", trust, target)
+    assert (status, last["check"], last["status"]) == (1, "TLS", "failed")
+    assert "--tls-certificates DIR" in last["remedy"]
+
+
 def test_a_server_that_begins_with_tls_is_known(tmp_path):
     need("openssl")
     authority = Authority()

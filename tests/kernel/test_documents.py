@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from nbdlink.cli.main import main
-from tests.documents.blocks import PAGES, blocks
+from tests.documents.blocks import TYPED
 from tests.documents.typed import type_page
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("runtime_directory")]
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(each.said == "guest" for each in blocks(page))]
-)
+@pytest.mark.timeout(600)  # a page's commands one after the other, under emulation
+@pytest.mark.parametrize("page", TYPED["guest"])
 def test_what_is_told_to_type_works(page, tmp_path):
     try:
         assert type_page(page, "guest", tmp_path)

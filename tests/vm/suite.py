@@ -31,7 +31,7 @@ from pathlib import Path
 from . import UnavailableError, VMError, boot, kernels, program, qemu, show
 
 _RESULTS = Path("build/test-results")
-_SPREAD = (("test_faults.py",), ("test_renew.py", "test_supervisor.py"))
+_SPREAD = (("test_faults.py", "test_documents.py"), ("test_renew.py", "test_supervisor.py"))
 """Tests that take many minutes under emulation, in parts that take as long: of several kernels
 each runs one. What depends on the kernel's version in them is the rest's business."""
 _GUEST_SECONDS = 2700.0

@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdlink.client.connection import Connection
 from nbdlink.client.negotiate import Negotiation
@@ -54,13 +54,15 @@ _PIECEMEAL: Final = 0.01
 _READ: Final = 4096
 """Bytes that are read from the export's start and from its end."""
 
+_LOG: Final = "its log may tell why"
+
 Steps = Generator[Finding, None, "socket.socket | None"]
 
 
 def walk(
     target: Target, options: TLSOptions = NO_OPTIONS, *, seconds: float = STEP_SECONDS
 ) -> Iterator[Finding]:
-    """Walk the way to `target`; the last finding is the first that failed, or a read of blocks.
+    """Walk the way to `target` as far as it goes: to what fails, or to a read of blocks.
 
     Args:
         target: server and export.
@@ -106,7 +108,7 @@ def _connect(target: Target, seconds: float) -> Steps:
     except (OSError, UnicodeError) as error:
         yield _unresolved(host, error)
         return None
-    addresses = list(dict.fromkeys(str(each[4][0]) for each in found))
+    addresses = list(dict.fromkeys(_shown(each[4]) for each in found))
     if addresses != [host]:
         yield Finding("name", "ok", f"{host} is {', '.join(addresses)}")
     failures: list[Finding] = []
@@ -129,6 +131,12 @@ def _connect(target: Target, seconds: float) -> Steps:
         return sock
     yield from failures
     return None
+
+
+def _shown(address: tuple[Any, ...]) -> str:
+    """Give an address of a socket without its port; a v6 one with the interface, if that counts."""
+    scope = address[3] if len(address) == 4 else 0
+    return f"{address[0]}%{scope}" if scope and "%" not in address[0] else str(address[0])
 
 
 def _unresolved(host: str, error: OSError | UnicodeError) -> Finding:
@@ -199,7 +207,7 @@ def _greeting(sock: socket.socket, target: Target, seconds: float) -> Finding | 
             "greeting",
             "failed",
             f"{target.address} breaks the connection off: {reason(error)}",
-            "its log may tell why",
+            _LOG,
         )
     if said == _MAGIC:
         return None
@@ -268,7 +276,7 @@ def _talk(
         yield from _unbelieved(target, security, options, seconds)
         return
     except NBDError as error:
-        yield failed("negotiation", error)
+        yield failed("negotiation", error, _LOG)
         return
     with negotiation:
         yield from _tls(negotiation)
@@ -276,10 +284,17 @@ def _talk(
             negotiation.request_best()
             names = _listed(negotiation)
         except OptionError as error:
-            yield failed("TLS" if error.reply == OptionReply.ERR_TLS_REQD else "options", error)
+            check = "TLS" if error.reply == OptionReply.ERR_TLS_REQD else "options"
+            yield failed(check, error, _LOG)
             return
-        except (TransportError, RemoteProtocolError):
-            names = None
+        except TLSError as error:
+            # In TLS 1.3 a server looks at our certificate when we are through.
+            yield failed("TLS", error)
+            return
+        except (TransportError, RemoteProtocolError) as error:
+            if negotiation.tls is not None:
+                yield failed("TLS", error, security.suspicion() or _LOG)
+                return
         else:
             yield _options(negotiation, names)
             yield from _choose(negotiation, names, seconds)
@@ -293,10 +308,10 @@ def _talk(
     try:
         negotiation = Negotiation(target, timeout=seconds, security=security)
     except NBDError as error:
-        yield failed("negotiation", error)
+        yield failed("negotiation", error, _LOG)
         return
     with negotiation:
-        yield from _choose(negotiation, names, seconds)
+        yield from _choose(negotiation, None, seconds)
 
 
 def _listed(negotiation: Negotiation) -> list[str] | None:
@@ -410,7 +425,7 @@ def _choose(negotiation: Negotiation, names: list[str] | None, seconds: float) -
         yield failed("export", error, "perhaps it does not offer it, or not to this machine")
         return
     except NBDError as error:
-        yield failed("export", error)
+        yield failed("export", error, _LOG)
         return
     if not isinstance(wire, socket.socket):
         wire.release()
@@ -427,7 +442,7 @@ def _not_offered(name: str, names: list[str] | None, error: OptionError) -> Find
     near = difflib.get_close_matches(name, names or [], 1)
     if error.reply == OptionReply.ERR_UNKNOWN and near:
         return Finding("export", "failed", str(error), f"did you mean {near[0]!r}?")
-    return failed("export", error)
+    return failed("export", error, _LOG)
 
 
 def _limits(connection: Connection) -> Iterator[Finding]:
@@ -476,5 +491,5 @@ def _read(connection: Connection, seconds: float) -> Finding:
         took = (time.monotonic() - begun) * 1000
         connection.submit_read(size - last, last).wait(seconds)
     except NBDError as error:
-        return failed("read", error, "see the server's log, and what it serves")
+        return failed("read", error, f"{_LOG}; see what it serves")
     return Finding("read", "ok", f"the first block in {took:.1f} ms, and the last one")

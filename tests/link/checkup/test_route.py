@@ -212,11 +212,12 @@ def authority():
 def secured(authority, image, tmp_path):
     """Serve with a certificate; give a function that walks there."""
 
-    def walk_to(options=None, host="localhost", **certificate):
+    def walk_to(options=None, host="localhost", verify_peer=False, **certificate):
         folder = authority.write_directory(
             tmp_path / "server", server=authority.issue(**certificate)
         )
-        security = ServerSecurity("require", CredentialFiles(directory=str(folder)))
+        files = CredentialFiles(directory=str(folder))
+        security = ServerSecurity("require", files, verify_peer=verify_peer)
         with serve_in_thread({"": image}, security=security) as service:
             target = replace(Target.parse(service.uri()), host=host, tls=options is not False)
             return walked(target, options or None)
@@ -268,6 +269,12 @@ def test_an_authority_that_is_not_trusted(secured, tmp_path):
     found, _ = secured(TLSOptions(files=CredentialFiles(directory=str(folder))))
     assert "an authority that is not trusted" in found["TLS"].found
     assert "clock" not in found
+
+
+def test_a_certificate_that_the_server_wants(secured, trust):
+    _, last = secured(trust, verify_peer=True)
+    assert (last.check, last.status) == ("TLS", "failed")
+    assert "--tls-certificates DIR" in last.remedy
 
 
 def test_credentials_that_are_not_there(image, tmp_path):
