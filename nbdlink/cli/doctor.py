@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     """Fill the parser of `doctor`."""
     parser.add_argument(
         "what",
-        metavar="WHAT",
+        metavar="TARGET|DEVICE|NAME",
         nargs="?",
         help="a TARGET, /dev/nbdN or a link's name, to which the way is walked step by step "
         "(default: this machine)",
