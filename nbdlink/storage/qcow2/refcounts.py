@@ -163,10 +163,12 @@ class Refcounts:
             idle = [old for old in self._blocks.values() if not old.writing]
             old = next((one for one in idle if not one.high), next(iter(idle), None))
             if old is not None:
-                if self.changed.pop(old.index, None):
+                if old.index in self.changed:
                     # Too high at worst, and that may be written whenever it suits. It goes to
-                    # the page cache, and only if all blocks have changes (`is_crowded`).
+                    # the page cache, and only if all blocks have changes (`is_crowded`). If it
+                    # cannot be, the block stays.
                     self._file.write_at(*self.changes(old))
+                    del self.changed[old.index]
                 del self._blocks[old.index]
         self._blocks[block.index] = block
 

@@ -87,7 +87,11 @@ class References:
         counts = self._pages.get(page)
         if counts is None:
             if (len(self._pages) + 1) * self._per_page * 8 > _MAX_COUNTS:
-                raise StorageError(f"{self._image.name} is too large to repair here", hint=_REPAIR)
+                raise StorageError(
+                    f"{self._image.name}: making its refcounts anew takes more than "
+                    f"{_MAX_COUNTS >> 20} MiB of memory",
+                    hint=_REPAIR,
+                )
             counts = self._pages[page] = array("Q", bytes(8 * self._per_page))
         counts[within] += by
 
