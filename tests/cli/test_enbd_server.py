@@ -110,7 +110,8 @@ def test_the_example_with_a_mirror_becomes_one():
     [
         ("1 a b", ["--linear", "./a", "./b"]),
         ("1 a b -l", ["--linear", "./a", "./b"]),
-        ("1 a b -0", ["--stripe", "./a", "./b"]),
+        ("1 a b -0", ["--stripe-unit=1024", "--stripe", "./a", "./b"]),
+        ("1 a b -0 -b 4096", ["--stripe-unit=4096", "--stripe", "./a", "./b"]),
         ("1 a b -r1", ["--mirror", "./a", "./b"]),
         ("1 a b -s 2G,-,512M", None),
         ("1 a b -s -,512M", ["--linear", "./a", "./b"]),
