@@ -293,13 +293,35 @@ def test_an_export_that_was_swapped_is_refused(attached, server, image):
     assert live() == 0
 
 
-def test_a_hint_makes_it_try_at_once(supervise, servers, tmp_path):
-    state = tmp_path / "clients"
-    server = servers("nbdlink", "--remember-clients", str(state)).start()
+@pytest.fixture
+def notice_port():
+    """A UDP port that is free."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    supervisor = supervise(link(server), port=port)
+        return probe.getsockname()[1]
+
+
+def test_a_server_that_is_told_to_has_its_channels_renewed(supervise, servers, notice_port):
+    server = servers("nbdlink").start()
+    supervisor = supervise(link(server, connections=2), port=notice_port)
+    supervisor.until("attached as")
+    generations = [each.generation for each in record.read(index_of("data")).channels]
+    server.send_signal(signal.SIGHUP)
+    supervisor.until("2 of 2 live")
+    until(
+        lambda: all(
+            each.generation > before
+            for each, before in zip(
+                record.read(index_of("data")).channels, generations, strict=True
+            )
+        )
+    )
+
+
+def test_a_hint_makes_it_try_at_once(supervise, servers, tmp_path, notice_port):
+    state = tmp_path / "clients"
+    server = servers("nbdlink", "--remember-clients", str(state)).start()
+    supervisor = supervise(link(server), port=notice_port)
     supervisor.until("attached as")
     server.restart()
     supervisor.until("channels 0 renewed")  # with this the server knows where to tell
