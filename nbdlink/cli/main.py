@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from nbdlink.errors import ConfigError, NBDError
 from nbdlink.version import __version__
@@ -40,9 +41,18 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong as all of nbdlink does, instead of its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Complain and exit with 2."""
+        complain(ConfigError(message, hint=f"see {self.prog} --help"))
+        sys.exit(2)
+
+
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """Build the parser; with `only` a verb, the other verbs have help lines and nothing else."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nbdlink",
         description="Remote NBD exports as local block devices, and the server to match.",
         epilog="`nbdlink VERB --help` tells more; so does `man nbdlink`.",

@@ -31,7 +31,8 @@ _FEW = 24
 _SHADES = "\N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"
 _ZERO = "\N{BOX DRAWINGS LIGHT HORIZONTAL}"
 _HOLE = "\N{MIDDLE DOT}"
-_ASCII = str.maketrans(dict(zip(_SHADES + _ZERO + _HOLE, ":+x#-.", strict=True)))
+_DEEPER = "+"  # than nine backing files; the others have their number
+_ASCII = str.maketrans(dict(zip(_SHADES + _ZERO + _HOLE, ":=x#-.", strict=True)))
 
 _STYLES = {**dict.fromkeys(_SHADES, "green"), _ZERO: "yellow", _HOLE: "bright_black"}
 
@@ -166,6 +167,8 @@ def _sign(context: str, kind: int) -> str:
         if not kind & AllocationFlag.ZERO:
             return _SHADES[-1]
         return _HOLE if kind & AllocationFlag.HOLE else _ZERO
+    if context == _DEPTH and kind > 1:
+        return str(kind) if kind < 10 else _DEEPER
     return _SHADES[-1] if kind else _HOLE
 
 
@@ -227,5 +230,6 @@ def _print_drawing(drawing: Drawing, title: str) -> None:
         for total in _totals(drawing.totals, drawing.size, drawing.context)
     ]
     output.print_table(columns, rows)
-    partly = " ".join(_SHADES[:-1]).translate(plain)
-    print(f"{partly}  partly {rows[0][1] if rows and rows[0][0] == _SHADES[-1] else 'data'}")
+    full = _SHADES[-1].translate(plain)
+    if word := next((row[1] for row in rows if row[0] == full), None):
+        print(f"{' '.join(_SHADES[:-1]).translate(plain)}  partly {word}")

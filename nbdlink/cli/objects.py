@@ -18,6 +18,7 @@ from nbdlink.storage.imageopts import split_options
 
 if TYPE_CHECKING:
     from nbdlink.client.security import TLSOptions
+    from nbdlink.server.security import RuleList
 
 Endpoint = Literal["server", "client"]
 
@@ -26,8 +27,14 @@ _KEYS: Final = {
     "tls-creds-psk": ("dir", "endpoint", "username"),
     "secret": ("data", "file", "format"),
     "authz-simple": ("identity",),
+    "authz-list": ("policy",),
 }
 """The types of objects, and what each can be told beside its id."""
+
+_RULE: Final = re.compile(r"rules\.(0|[1-9][0-9]{0,3})\.(match|policy|format)")
+"""What an authz-list can be told as well."""
+_POLICIES: Final = {"allow": True, "deny": False}
+_FORMATS: Final = {"glob": True, "exact": False}
 
 _CONTINUED: Final = re.compile(r"\\\n\s*")
 """How the examples of qemu-nbd's manual go on in the next line, within quotes."""
@@ -42,12 +49,12 @@ class Objects:
     Attributes:
         credentials: of TLS: their type and what they were told.
         secrets: paths of files that hold them.
-        identities: distinguished names.
+        identities: distinguished names, or rules about them.
     """
 
     credentials: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
-    identities: dict[str, str] = field(default_factory=dict)
+    identities: dict[str, str | RuleList] = field(default_factory=dict)
 
 
 def add_object_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +65,8 @@ def add_object_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE,id=ID,...",
         action="append",
         default=[],
-        help="define tls-creds-x509, tls-creds-psk, secret or authz-simple; may be repeated",
+        help="define tls-creds-x509, tls-creds-psk, secret, authz-simple or authz-list; "
+        "may be repeated",
     )
     group.add_argument("--tls-creds", metavar="ID", help="have TLS, with these credentials")
 
@@ -78,7 +86,8 @@ def apply_objects(arguments: argparse.Namespace, endpoint: Endpoint) -> None:
         if arguments.tls_creds not in objects.credentials:
             raise ConfigError(
                 f"--tls-creds {arguments.tls_creds}: no object with credentials has this id",
-                hint=f"say --object tls-creds-x509,id={arguments.tls_creds},dir=DIR",
+                hint=f"say --object tls-creds-x509,id={arguments.tls_creds},dir=DIR,"
+                f"endpoint={endpoint}",
             )
         _use(arguments, objects, *objects.credentials[arguments.tls_creds], endpoint)
     # An id of an object, or as everywhere in nbdlink a name itself.
@@ -171,7 +180,8 @@ def _define(texts: list[str]) -> Objects:
             )
         told: dict[str, str] = {}
         for key, value in pairs:
-            if value is None or key in told or key not in ("id", *_KEYS[kind]):
+            is_rule = kind == "authz-list" and _RULE.fullmatch(key)
+            if value is None or key in told or not (is_rule or key in ("id", *_KEYS[kind])):
                 what = "is given twice" if key in told else "is not understood"
                 raise ConfigError(f"--object {kind}: {key} {what}")
             told[key] = value
@@ -186,9 +196,41 @@ def _define(texts: list[str]) -> Objects:
             if not told.get("identity"):
                 raise ConfigError(f"--object authz-simple,id={name}: the identity is missing")
             objects.identities[name] = told["identity"]
+        elif kind == "authz-list":
+            objects.identities[name] = _rules(name, told)
         else:
             objects.credentials[name] = kind, told
     return objects
+
+
+def _rules(name: str, told: dict[str, str]) -> RuleList:
+    """Read rules, which are numbered without gaps."""
+    from nbdlink.server.security import Rule, RuleList
+
+    where = f"--object authz-list,id={name}"
+    otherwise = _one_of(where, "policy", told.pop("policy", "deny"), _POLICIES)
+    numbered: dict[int, dict[str, str]] = {}
+    for key, value in told.items():
+        _, number, what = key.split(".")
+        numbered.setdefault(int(number), {})[what] = value
+    rules = []
+    for index in range(len(numbered)):
+        said, rule = numbered.get(index, {}), f"rules.{index}."
+        if not {"match", "policy"} <= said.keys():
+            raise ConfigError(
+                f"{where}: {rule}match or {rule}policy is missing",
+                hint="rules are numbered from 0, and each says whom it is about and what of them",
+            )
+        allow = _one_of(where, f"{rule}policy", said["policy"], _POLICIES)
+        is_glob = _one_of(where, f"{rule}format", said.get("format", "exact"), _FORMATS)
+        rules.append(Rule(said["match"], allow, is_glob))
+    return RuleList(tuple(rules), otherwise)
+
+
+def _one_of(where: str, key: str, word: str, words: dict[str, bool]) -> bool:
+    if word not in words:
+        raise ConfigError(f"{where}: {key}={word}: say {' or '.join(words)}")
+    return words[word]
 
 
 def _secret(name: str, told: dict[str, str]) -> str:

@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbdlink.errors import ConfigError, OptionError
@@ -84,7 +85,11 @@ class _Version(argparse.Action):
 def run(arguments: argparse.Namespace) -> int:
     """Serve, attach, detach or list."""
     if arguments.selinux_label is not None:
-        raise ConfigError("--selinux-label is not available", hint="leave it out")
+        if not Path("/sys/fs/selinux/enforce").exists():
+            why = "SELinux is not enabled on this machine"
+        else:
+            why = "sockets get the label that the policy has for them, and no other"
+        raise ConfigError(f"--selinux-label is not available: {why}", hint="leave it out")
     if arguments.list:
         return _list(arguments)
     if arguments.tls_hostname is not None:
@@ -99,8 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return run_detach(detached)
     from nbdlink.cli import serve
+    from nbdlink.cli.main import Parser
 
-    parser = argparse.ArgumentParser(prog="nbdlink qemu-nbd")
+    parser = Parser(prog="nbdlink qemu-nbd")
     serve.add_arguments(parser, "serve")
     served = parser.parse_intermixed_args(serve_words(arguments))
     served.verbose = arguments.verbose

@@ -21,11 +21,13 @@ from nbdlink.cli.several import (
 from nbdlink.cli.storage import add_storage_arguments, further_contexts, storage_spec
 from nbdlink.cli.tls import add_server_arguments, server_security
 from nbdlink.errors import ConfigError, StorageError
+from nbdlink.protocol.constants import BITMAP_CONTEXT
 from nbdlink.sizes import format_size, parse_seconds
 from nbdlink.uri import DEFAULT_PORT, Target, is_uri
 
 if TYPE_CHECKING:
     from nbdlink.server import Catalogue, Service
+    from nbdlink.storage.base import Storage
 
 
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -270,10 +272,7 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
             undo.callback(storage.close)
             for context in contexts:
                 if context not in storage.contexts:
-                    raise StorageError(
-                        f"{storage.name} has no bitmap {context.rpartition(':')[2]!r}",
-                        hint="qemu-img info lists what an image has",
-                    )
+                    raise _no_context(storage, context)
             exports.append(
                 Export(
                     name,
@@ -290,6 +289,17 @@ def _catalogue(arguments: argparse.Namespace) -> Catalogue:
         catalogue = Catalogue(exports)
         undo.pop_all()
         return catalogue
+
+
+def _no_context(storage: Storage, context: str) -> StorageError:
+    """Say that a storage lacks what was asked for by `--bitmap` or `--allocation-depth`."""
+    if not context.startswith(BITMAP_CONTEXT):
+        return StorageError(f"{storage.name} cannot tell how deep data lies ({context})")
+    names = [n.removeprefix(BITMAP_CONTEXT) for n in storage.contexts if BITMAP_CONTEXT in n]
+    return StorageError(
+        f"{storage.name} has no bitmap {context.removeprefix(BITMAP_CONTEXT)!r} that can be used",
+        hint=f"it has {', '.join(names)}" if names else "qemu-img info lists what an image has",
+    )
 
 
 def _names(arguments: argparse.Namespace) -> set[str]:

@@ -151,9 +151,8 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
     elif is_uri(word):
         target = Target.parse(word)
         spec = replace(spec, path=str(target), target=target)
-    part = Part(
-        parse_size(arguments.offset), parse_size(arguments.size) if arguments.size else None
-    )
+    size = None if arguments.size is None else _size("--size", arguments.size)
+    part = Part(_size("--offset", arguments.offset), size)
     if part != Part():
         spec = replace(spec, parts=(*spec.parts, part))
     spec.check()
@@ -171,7 +170,14 @@ def _write_behind(arguments: argparse.Namespace) -> int | None:
             )
         return None
     memory = arguments.write_behind_memory
-    return DEFAULT_MEMORY if memory is None else parse_size(memory)
+    return DEFAULT_MEMORY if memory is None else _size("--write-behind-memory", memory)
+
+
+def _size(option: str, word: str) -> int:
+    try:
+        return parse_size(word)
+    except ConfigError as error:
+        raise ConfigError(f"{option}: {error}", hint=error.hint) from None
 
 
 def further_contexts(arguments: argparse.Namespace) -> tuple[str, ...]:

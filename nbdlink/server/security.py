@@ -6,8 +6,9 @@ FORCEDTLS, and "allow" is SELECTIVETLS, where single exports may be for TLS only
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nbdlink.errors import ConfigError
 from nbdlink.transport.tlsfiles import CredentialFiles, Policy
@@ -19,13 +20,49 @@ if TYPE_CHECKING:
     from nbdlink.transport.tlscontext import TLSContext
 
 
+class Rule(NamedTuple):
+    """What becomes of clients of some name.
+
+    Attributes:
+        match: the name; if `is_glob`, with * for anything and ? for one character.
+        allow: whether they may come.
+        is_glob: see `match`.
+    """
+
+    match: str
+    allow: bool
+    is_glob: bool = False
+
+    def fits(self, peer: str) -> bool:
+        """Tell whether the rule is about a client."""
+        if not self.is_glob:
+            return peer == self.match
+        return fnmatch.fnmatchcase(peer, self.match.replace("[", "[[]"))
+
+
+class RuleList(NamedTuple):
+    """Rules about who may come, of which the first that fits counts: QEMU's authz-list.
+
+    Attributes:
+        rules: the rules.
+        otherwise: whether those may come that no rule is about.
+    """
+
+    rules: tuple[Rule, ...]
+    otherwise: bool = False
+
+    def admits(self, peer: str) -> bool:
+        """Tell whether a client may come."""
+        return next((rule.allow for rule in self.rules if rule.fits(peer)), self.otherwise)
+
+
 class ServerSecurity:
     """What the server's connections need of TLS.
 
     Attributes:
         mode: "off", "allow" or "require".
-        allowed: who may use the server: subjects of certificates, or users of pre-shared keys;
-            empty for everybody who has come so far.
+        allowed: who may use the server: subjects of certificates, or users of pre-shared keys,
+            or rules about these; empty for everybody who has come so far.
         knows_peers: whether clients have to prove who they are.
     """
 
@@ -35,7 +72,7 @@ class ServerSecurity:
         files: CredentialFiles,
         *,
         verify_peer: bool = False,
-        allowed: Collection[str] = (),
+        allowed: Collection[str | RuleList] = (),
     ) -> None:
         """Load the credentials, unless TLS is off.
 
@@ -113,4 +150,9 @@ class ServerSecurity:
 
     def admits(self, peer: str | None) -> bool:
         """Tell whether a client may use the server at all."""
-        return not self.allowed or peer in self.allowed
+        if not self.allowed:
+            return True
+        return peer is not None and any(
+            each.admits(peer) if isinstance(each, RuleList) else peer == each
+            for each in self.allowed
+        )

@@ -136,6 +136,8 @@ class AlignedFile:
                 buffer, position = buffer[count:], position + count
             while buffer:
                 count = os.pwritev(self._cached_fd, (buffer,), position, flags)
+                if not count:
+                    raise OSError(errno.EIO, f"{self.name} takes no more bytes")
                 buffer, position = buffer[count:], position + count
 
     def _whole_blocks(self, end: int) -> int:

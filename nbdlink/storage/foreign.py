@@ -23,6 +23,7 @@ from nbdlink.errors import StorageError
 from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, DEPTH_CONTEXT, MAX_EXPORT_SIZE
 from nbdlink.storage.base import Storage
+from nbdlink.storage.probe import SECTOR, format_of
 
 _TITLES: Final = {"vmdk": "VMDK", "vdi": "VDI", "vpc": "VHD (vpc)", "vhdx": "VHDX"}
 FORMATS: Final = tuple(_TITLES)
@@ -74,6 +75,9 @@ class ForeignStorage(Storage):
             words = (error.strerror or str(error)).lower()
             raise StorageError(f"{path} cannot be opened: {words}", hint="check the path") from None
         try:
+            # A VHD of fixed size has its sign at the end only.
+            if kind != "vpc" and format_of(os.pread(file.fileno(), SECTOR, 0)) != kind:
+                raise ValueError("it does not begin as one")
             image = _opener(kind)(file)
             if image.block <= 0:
                 raise ValueError("its blocks have no size")
@@ -238,4 +242,5 @@ def _opener(kind: str) -> Callable[[BinaryIO], _Image]:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ").replace("\n", " ")
+    words = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return words.rstrip(": ").replace("\n", " ")

@@ -2,10 +2,6 @@
 
 The methods may be called by many threads at once. Failures are `OSError` with the errno that
 the kernel gave; the caller cares for ranges that overlap.
-
-A flush that failed is not the end of one caller's hopes only: the kernel tells a failed
-write-back once and then counts the pages as clean (Documentation/filesystems/vfs.rst, "Handling
-errors during writeback"). So from then on every flush fails, as in `RawStorage`.
 """
 
 from __future__ import annotations
@@ -16,13 +12,13 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 from nbdlink.errors import StorageError
 from nbdlink.storage import blockdev
 from nbdlink.storage.fallocate import PUNCH_HOLE, ZERO_RANGE, attempt
-
-_LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
+from nbdlink.storage.holes import data_and_holes
+from nbdlink.storage.lost import LostWrites
 
 
 class ImageFile(abc.ABC):
@@ -114,7 +110,7 @@ class PosixFile(ImageFile):
         self.read_only = read_only
         self._fd = fd
         self._device = device
-        self._lost = 0
+        self._lost = LostWrites(name)
         self._unsupported: set[int] = set()
 
     @classmethod
@@ -189,18 +185,13 @@ class PosixFile(ImageFile):
 
     def flush(self) -> None:
         """Call fdatasync; it fails for ever once data may have been lost."""
-        self._check_lost()
+        self._lost.check()
         try:
             os.fdatasync(self._fd)
         except OSError as error:
-            if error.errno in _LOST:
-                self._lost = error.errno or errno.EIO
+            self._lost.note(error)
             raise
-        self._check_lost()  # a neighbour's flush may have been told what belongs to both
-
-    def _check_lost(self) -> None:
-        if self._lost:
-            raise OSError(self._lost, f"{self.name}: earlier writes were lost")
+        self._lost.check()  # a neighbour's flush may have been told what belongs to both
 
     def truncate(self, size: int) -> None:
         """Change a file's size; a device keeps its own."""
@@ -228,23 +219,14 @@ class PosixFile(ImageFile):
         return attempt(self._fd, mode, position, length, self._unsupported)
 
     def extents(self, position: int, length: int) -> Iterator[tuple[int, bool]]:
-        """Ask the file system."""
+        """Ask the file system; devices, and those that cannot tell, have data everywhere."""
         end = position + length
-        while position < end:
-            try:
-                data = min(os.lseek(self._fd, position, os.SEEK_DATA), end)
-            except OSError as error:
-                if error.errno != errno.ENXIO:
-                    yield end - position, True  # devices, and file systems that cannot tell
-                    return
-                data = end
-            if data > position:
-                yield data - position, False
-            if data == end:
-                return
-            position = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
-            if position > data:
-                yield position - data, True
+        try:
+            for count, is_data in data_and_holes(self._fd, position, end):
+                position += count
+                yield count, is_data
+        except OSError:
+            yield end - position, True
 
     def close(self) -> None:
         """Close the file."""

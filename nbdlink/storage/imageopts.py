@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Final, Literal, TypeVar, Union
 
-from nbdlink.client.security import TLSOptions
 from nbdlink.errors import ConfigError
 from nbdlink.sizes import parse_size
 from nbdlink.storage.chain import NO_CHAIN, Backing, Chain
 from nbdlink.storage.open import AIO_MODES, DETECT_ZEROES, Part, StorageSpec
 from nbdlink.storage.probe import KNOWN
 from nbdlink.uri import DEFAULT_PORT, Target, is_uri
+
+if TYPE_CHECKING:
+    from nbdlink.client.security import TLSOptions
 
 _Tree = dict[str, Union[str, "_Tree"]]
 _T = TypeVar("_T", bound=str)
@@ -35,14 +37,12 @@ _DISCARDS: Final[dict[str, Literal["ignore", "unmap"]]] = {
 }
 
 
-Credentials = Callable[[str | None, str | None], TLSOptions]
+Credentials = Callable[[str, str | None], "TLSOptions"]
 """Gives what a client demands of TLS, from the id of credentials and a server's name."""
 
 
-def _no_credentials(name: str | None, hostname: str | None) -> TLSOptions:
-    if name is not None:
-        raise ConfigError(f"tls-creds={name}: there are no credentials here")
-    return TLSOptions(hostname=hostname)
+def _no_credentials(name: str, hostname: str | None) -> TLSOptions:
+    raise ConfigError(f"tls-creds={name}: there are no credentials here")
 
 
 def parse_image_options(
@@ -213,7 +213,7 @@ def _export(tree: _Tree, prefix: str, spec: StorageSpec, credentials: Credential
         format=None if prefix else "raw",
         parts=(),
         target=target,
-        tls=credentials(named, hostname),
+        tls=None if named is None else credentials(named, hostname),
     )
 
 

@@ -24,9 +24,8 @@ import os
 import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
-from nbdlink.client.security import NO_OPTIONS, TLSOptions
 from nbdlink.errors import ConfigError, StorageError
 from nbdlink.storage.base import Storage
 from nbdlink.storage.blocksize import BlockSized, BlockSizes
@@ -51,6 +50,9 @@ from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
 from nbdlink.storage.writebehind import LEAST_MEMORY, WriteBehind
 from nbdlink.uri import Target
+
+if TYPE_CHECKING:
+    from nbdlink.client.security import TLSOptions
 
 _log = logging.getLogger("nbdlink.storage")
 
@@ -120,7 +122,7 @@ class StorageSpec:
         locking: whether to take QEMU's locks, and to heed them.
         device: whether it has to be a block device (or must not be one); None for either.
         target: an export of another server, which lies there instead of a file; or None.
-        tls: what is demanded of TLS on the way to it, beside what the target says.
+        tls: what is demanded of TLS on the way to it, beside what the target says; or None.
         write_behind: bytes of writes that may be acknowledged before they are done; None for
             none.
         lock_ranges: whether requests that overlap are done one after the other.
@@ -141,7 +143,7 @@ class StorageSpec:
     locking: bool = True
     device: bool | None = None
     target: Target | None = None
-    tls: TLSOptions = NO_OPTIONS
+    tls: TLSOptions | None = None
     write_behind: int | None = None
     lock_ranges: bool = False
     block_sizes: BlockSizes | None = None
@@ -309,7 +311,7 @@ def _warn_of_raw(spec: StorageSpec) -> None:
 def _open_format(spec: StorageSpec, kind: str) -> Storage:
     if kind not in SERVED:
         raise StorageError(
-            f"{spec.path} is a {kind} image, which cannot be served",
+            f"{spec.path}: {kind} images cannot be served",
             hint="-f raw serves the bytes of the file as they are",
         )
     if kind != "qcow2" and not spec.read_only and not spec.overlay:

@@ -178,6 +178,8 @@ class Overlay(Layer):
     def _write_here(self, buffer: memoryview, offset: int) -> None:
         while buffer:
             count = os.pwritev(self._fd, (buffer,), offset)
+            if not count:
+                raise OSError(errno.EIO, "the temporary file takes no more bytes")
             buffer, offset = buffer[count:], offset + count
 
     def zero(self, offset: int, length: int, *, may_trim: bool, fast: bool, fua: bool) -> None:

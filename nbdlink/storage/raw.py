@@ -34,16 +34,15 @@ from nbdlink.storage.fallocate import (
     attempt,
 )
 from nbdlink.storage.fingerprint import fingerprint
+from nbdlink.storage.holes import data_and_holes
 from nbdlink.storage.locks import Use, lock
+from nbdlink.storage.lost import LostWrites
 from nbdlink.storage.mapping import FileMapping, is_in_memory
 from nbdlink.storage.window import bounds
 
 _HOLE: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 _ZEROES: Final = memoryview(bytes(1 << 20))
-_LOST_ERRNO, _SPARSE = 0, 1  # where they are in the shared page
-_LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
-"""How a failed write-back shows; see `RawStorage._sync`."""
-
+_SPARSE = 1  # where it is in the shared page, behind what `LostWrites` has
 _KINDS: Final = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -104,6 +103,7 @@ class RawStorage(Storage):
             self._signature = f"auto:{mark}"
         # Shared by all processes that are forked from here: what must be known to each.
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
+        self._lost = LostWrites(self.name, self._shared)
         self._unsupported: set[int] = set()
         self._dsync = os.RWF_DSYNC
         self._mapping = FileMapping(fd, start, size)
@@ -280,7 +280,7 @@ class RawStorage(Storage):
             self._write(buffer, position, 0)
             self._sync()
             return
-        self._check_lost()
+        self._lost.check()
         try:
             self._write(buffer, position, self._dsync)
         except OSError as error:
@@ -292,9 +292,9 @@ class RawStorage(Storage):
                 # Most likely there was no room, and nothing has been lost. A plain write says
                 # the same again; if it does not, it was the write-back that failed.
                 self._write(buffer, position, 0)
-            self._note_lost(error)
+            self._lost.note(error)
             raise
-        self._check_lost()
+        self._lost.check()
 
     # Zeroes and holes.
 
@@ -378,28 +378,16 @@ class RawStorage(Storage):
             return
         position = self.start + offset
         end = position + length
-        while position < end:
-            # The offset that lseek sets is shared by all threads, and used by none.
-            try:
-                data = min(os.lseek(self._fd, position, os.SEEK_DATA), end)
-            except OSError as error:
-                if error.errno in UNSUPPORTED or error.errno == errno.EINVAL:
-                    yield Extent(end - position, 0)  # this file system cannot tell
-                    return
-                if error.errno != errno.ENXIO:
-                    raise
-                data = end  # no data from here to the end of the file
-                if os.fstat(self._fd).st_size < end:
-                    raise OSError(
-                        errno.EIO, f"{self.name} has become shorter than its export"
-                    ) from None
-            if data > position:
-                yield Extent(data - position, _HOLE)
-            if data == end:
-                return
-            position = min(os.lseek(self._fd, data, os.SEEK_HOLE), end)
-            if position > data:  # somebody may have made a hole of it since
-                yield Extent(position - data, 0)
+        try:
+            for count, is_data in data_and_holes(self._fd, position, end):
+                position += count
+                if not is_data and position == end and os.fstat(self._fd).st_size < end:
+                    raise OSError(errno.EIO, f"{self.name} has become shorter than its export")
+                yield Extent(count, 0 if is_data else _HOLE)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED and error.errno != errno.EINVAL:
+                raise
+            yield Extent(end - position, 0)  # this file system cannot tell
 
     # Durability.
 
@@ -409,27 +397,15 @@ class RawStorage(Storage):
             self._sync()
 
     def _sync(self) -> None:
-        self._check_lost()
+        self._lost.check()
         try:
             os.fdatasync(self._fd)
         except OSError as error:
-            self._note_lost(error)
+            self._lost.note(error)
             raise
-        self._check_lost()
-
-    # The kernel tells a failed write-back once for each open file and then counts the pages as
-    # clean (Documentation/filesystems/vfs.rst, "Handling errors during writeback"). All
-    # connections share the open file, so the one that was told must not be the only one: from
-    # then on every flush fails, until somebody has looked and starts the server again. It is
-    # looked at after a flush too, as a neighbour's may have been told what belongs to both.
-
-    def _check_lost(self) -> None:
-        if lost := self._shared[_LOST_ERRNO]:
-            raise OSError(lost, f"{self.name}: earlier writes were lost")
-
-    def _note_lost(self, error: OSError) -> None:
-        if error.errno in _LOST:
-            self._shared[_LOST_ERRNO] = error.errno or errno.EIO
+        # All connections share the open file, and processes too: a neighbour's flush may have
+        # been told what belongs to both.
+        self._lost.check()
 
     def close(self) -> None:
         """Close the file."""

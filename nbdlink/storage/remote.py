@@ -14,8 +14,7 @@ Otherwise nothing succeeds any more, no flush above all, until the storage is op
 users believe that what they have written is there.
 
 A server that is silent for longer than `REQUEST_TIMEOUT` is as good as gone. And one that failed
-to flush once is not asked to again, since systems report what was lost only once, see
-`RawStorage`.
+to flush once is not asked to again, since systems report what was lost only once, see `lost`.
 """
 
 from __future__ import annotations
@@ -49,6 +48,7 @@ from nbdlink.protocol.constants import (
     TransmissionFlag,
 )
 from nbdlink.storage.base import Storage
+from nbdlink.storage.lost import LostWrites
 from nbdlink.uri import Target
 
 _log = logging.getLogger("nbdlink.storage")
@@ -56,8 +56,6 @@ _log = logging.getLogger("nbdlink.storage")
 REQUEST_TIMEOUT: Final = 120.0
 """Seconds that a request may take. A flush of much on slow disks takes a minute."""
 
-_LOST: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
-"""How a server's failed write-back shows."""
 _KNOWN_FLAGS: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 
 _PROMISED: Final = (
@@ -130,7 +128,7 @@ class RemoteStorage(Storage):
         self._renewing = threading.Lock()
         self._attempts = 0
         self._refusal = ""
-        self._unflushable = 0
+        self._lost = LostWrites(self.name)
         self._line = _Line(self._connect())
         export = self._export = self._line.connection.export
         self.size = export.size
@@ -153,7 +151,7 @@ class RemoteStorage(Storage):
         target: Target,
         *,
         read_only: bool = False,
-        tls: TLSOptions = NO_OPTIONS,
+        tls: TLSOptions | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         request_timeout: float = REQUEST_TIMEOUT,
     ) -> RemoteStorage:
@@ -162,7 +160,7 @@ class RemoteStorage(Storage):
         Args:
             target: server and export.
             read_only: whether nothing will be written.
-            tls: what is demanded of TLS, beside what the target says.
+            tls: what is demanded of TLS, beside what the target says; or None.
             timeout: seconds for connection and handshake together.
             request_timeout: seconds that a request may take.
 
@@ -173,7 +171,7 @@ class RemoteStorage(Storage):
         """
         storage = cls(
             target,
-            Security(target, tls),
+            Security(target, tls or NO_OPTIONS),
             read_only=read_only,
             timeout=timeout,
             request_timeout=request_timeout,
@@ -386,22 +384,22 @@ class RemoteStorage(Storage):
             through: whether the server sees to that.
         """
         if fua:
-            self._check_flushable()
+            self._lost.check()
         with self._using(changes=True, durable=through) as line:
             try:
                 yield line
             except RequestError as error:
                 if through and error.errno == errno.EIO:
-                    self._unflushable = errno.EIO
+                    self._lost.note(error)
                 raise
         if fua and not through:
             self.flush()
         elif fua:
-            self._check_flushable()  # a neighbour may have been told what belongs to both
+            self._lost.check()  # a neighbour may have been told what belongs to both
 
     def flush(self) -> None:
         """Have the server flush; it fails for ever once data may have been lost."""
-        self._check_flushable()
+        self._lost.check()
         with self._lock:
             if self._line.is_lost_alone:
                 return
@@ -413,7 +411,7 @@ class RemoteStorage(Storage):
             with self._lock:
                 if line is None or not line.is_lost_alone:
                     raise
-        self._check_flushable()
+        self._lost.check()
 
     def _flush(self, line: _Line) -> None:
         if not self._has_flush:
@@ -423,16 +421,11 @@ class RemoteStorage(Storage):
         try:
             line.connection.flush()
         except RequestError as error:
-            if error.errno in _LOST:
-                self._unflushable = error.errno
+            self._lost.note(error)
             raise
         with self._lock:
             if is_quiet and line.changes == mark:
                 line.at_risk = False
-
-    def _check_flushable(self) -> None:
-        if self._unflushable:
-            raise OSError(self._unflushable, f"{self.name}: earlier writes were lost")
 
     def close(self) -> None:
         """Take leave of the server."""

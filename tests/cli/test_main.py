@@ -35,12 +35,25 @@ def test_the_version_is_printed(capsys):
     assert capsys.readouterr().out == f"nbdlink {__version__}\n"
 
 
-@pytest.mark.parametrize("words", [[], ["nonsense"], ["list", "--nonsense"], ["info"]])
-def test_a_wrong_command_line_ends_with_2(words, capsys):
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "VERB"),
+        (["nonsense"], "'nonsense'"),
+        (["list", "--nonsense"], "--nonsense"),
+        (["info"], "WHAT"),
+        (["serve", "--cache", "x", "y"], "--cache"),
+        (["qemu-nbd", "--cache", "x", "y"], "--cache"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_two_lines(words, says, capsys):
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert "usage: nbdlink" in capsys.readouterr().err
+    what, hint = capsys.readouterr().err.splitlines()
+    assert says in what
+    verb = f" {words[0]}" if words and words[0] in VERBS else ""
+    assert hint == f"  hint: see nbdlink{verb} --help"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +67,8 @@ def test_a_wrong_command_line_ends_with_2(words, capsys):
         (["attach", "h", "--timeout", "0"], 2, "timeout of 0"),
         (["attach", "h", "--dead-timeout", "-1"], 2, "dead timeout of -1"),
         (["attach", "h", "--block-size", "x"], 2, "'x' is not a size"),
+        (["serve", "x", "--offset", "y"], 2, "--offset: 'y' is not a size"),
+        (["serve", "x", "--size", "y"], 2, "--size: 'y' is not a size"),
         (["attach", "h/a", "-x", "b"], 2, "named twice"),
         (["attach", "h", "--name", "a/b"], 2, "cannot name a link"),
         (["attach", "h", "--name", "nbd0"], 2, "name of a device"),

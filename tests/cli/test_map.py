@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdlink.cli.main import main
-from nbdlink.cli.map import Drawing, Row, describe
+from nbdlink.cli.map import Drawing, Row, _print_drawing, describe
 from nbdlink.server import serve_in_thread
 
 from .programs import nbdlink
@@ -128,6 +128,36 @@ def test_a_cell_is_shaded_by_how_much_of_it_is_data():
             drawing.add(Row(at + data, 100 - data, 2))
         at += 100
     assert drawing.cells() == ("\N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}")
+
+
+def test_each_backing_file_has_its_number():
+    drawing = Drawing(13, "qemu:allocation-depth", 13)
+    for depth in range(13):
+        drawing.add(Row(depth, 1, depth))
+    assert drawing.cells() == "\N{MIDDLE DOT}\N{FULL BLOCK}23456789+++"
+
+
+@pytest.mark.parametrize(
+    ("context", "kinds", "says"),
+    [
+        ("base:allocation", (3, 0), "partly data"),
+        ("qemu:dirty-bitmap:x", (0, 1), "partly dirty"),
+        ("qemu:allocation-depth", (2, 1), "partly local"),
+    ],
+)
+def test_the_legend_says_what_is_shaded(context, kinds, says, capsys):
+    drawing = Drawing(100, context, 10)
+    for at, kind in enumerate(kinds):
+        drawing.add(Row(50 * at, 50, kind))
+    _print_drawing(drawing, "disk")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(says)
+
+
+def test_the_legend_has_no_shades_where_nothing_is_shaded(capsys):
+    drawing = Drawing(100, "base:allocation", 10)
+    drawing.add(Row(0, 100, 3))
+    _print_drawing(drawing, "disk")
+    assert "partly" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

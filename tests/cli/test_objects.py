@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import os
 
 import pytest
 
 import nbdlink
+from nbdlink.cli.objects import apply_objects
 from nbdlink.client.security import Security, TLSOptions
-from nbdlink.errors import NBDError, OptionError
+from nbdlink.errors import ConfigError, NBDError, OptionError
 from nbdlink.transport.tlsfiles import CredentialFiles
 from nbdlink.uri import Target
 from tests import credentials
@@ -84,6 +86,63 @@ def test_only_who_is_named_may_come(image, tmp_path, files):
             connect(path, CredentialFiles(directory=str(files.other)))
 
 
+@pytest.mark.parametrize(
+    ("rules", "comes"),
+    [
+        ("rules.0.match=CN=me,rules.0.policy=allow", True),
+        ("rules.0.match=CN=*,rules.0.policy=allow,rules.0.format=glob", True),
+        ("rules.0.match=CN=*,rules.0.policy=allow", False),
+        ("rules.0.match=CN=?,rules.0.policy=allow,rules.0.format=glob", False),
+        ("rules.0.match=CN=[m]e,rules.0.policy=allow,rules.0.format=glob", False),
+        ("policy=allow,rules.0.match=CN=me,rules.0.policy=deny", False),
+        ("policy=allow,rules.0.match=CN=you,rules.0.policy=deny", True),
+        (
+            "rules.1.match=*,rules.1.policy=allow,rules.1.format=glob,"
+            "rules.0.match=CN=me,rules.0.policy=deny",
+            False,
+        ),
+        ("policy=deny", False),
+    ],
+)
+def test_rules_say_who_may_come(rules, comes):
+    found = argparse.Namespace(
+        object=[f"authz-list,id=a,{rules}"], tls_creds=None, tls_authz=["a", "CN=other"]
+    )
+    apply_objects(found, "server")
+    listed, other = found.tls_authz
+    assert (listed.admits("CN=me"), other) == (comes, "CN=other")
+
+
+def test_rules_are_heeded(image, tmp_path, files):
+    path = tmp_path / "socket"
+    rules = "rules.0.match=CN=m*,rules.0.policy=allow,rules.0.format=glob"
+    words = [*x509(files.server), "--object", f"authz-list,id=a,{rules}"]
+    with serving("-f", "raw", "-k", path, *words, "--tls-authz", "a", image):
+        with connect(path, CredentialFiles(directory=str(files.client))) as nbd:
+            assert nbd.size == SIZE
+        with pytest.raises(OptionError, match="may not use"):
+            connect(path, CredentialFiles(directory=str(files.other)))
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("policy=maybe", "policy=maybe: say allow or deny"),
+        ("rules.0.match=x", "rules.0.match or rules.0.policy is missing"),
+        ("rules.1.match=x,rules.1.policy=allow", "rules.0.match or rules.0.policy is missing"),
+        ("rules.0.match=x,rules.0.policy=x", "rules.0.policy=x: say allow or deny"),
+        ("rules.0.match=x,rules.0.policy=allow,rules.0.format=re", "format=re: say glob or exact"),
+        ("rules.0.nonsense=x", "rules.0.nonsense is not understood"),
+        ("rules.x.match=x", "rules.x.match is not understood"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(told, says):
+    found = argparse.Namespace(object=[f"authz-list,id=a,{told}"], tls_creds=None, tls_authz=[])
+    with pytest.raises(ConfigError) as caught:
+        apply_objects(found, "server")
+    assert says in str(caught.value)
+
+
 def test_pre_shared_keys(image, tmp_path, files):
     path = tmp_path / "socket"
     words = ["--object", f"tls-creds-psk,id=t,endpoint=server,dir={files.keys.parent}"]
@@ -91,6 +150,22 @@ def test_pre_shared_keys(image, tmp_path, files):
         given = CredentialFiles(psk=str(files.keys), username="alice")
         with connect(path, given) as nbd:
             assert nbd.size == SIZE
+
+
+def test_an_export_behind_tls_is_served_on(image, tmp_path, files):
+    """The one server has the keys as a server, the other one as its client."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    folder = files.keys.parent
+    ours = ["--object", f"tls-creds-psk,id=t,endpoint=server,dir={folder}", "--tls-creds", "t"]
+    theirs = ["--object", f"tls-creds-psk,id=t,endpoint=client,dir={folder},username=alice"]
+    options = f"driver=raw,size=4K,file.driver=nbd,file.path={first},file.tls-creds=t"
+    with (
+        serving("-f", "raw", "-k", first, *ours, image),
+        serving("-k", second, *theirs, "--image-opts", options),
+        nbdlink.connect(Target(socket=str(second))) as nbd,
+    ):
+        assert nbd.pread(4096, 0) == image.read_bytes()[:4096]
+        assert nbd.size == 4096
 
 
 @pytest.mark.parametrize("way", ["data", "file", "base64", "base64 file"])

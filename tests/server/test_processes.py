@@ -249,7 +249,7 @@ def test_a_lost_write_is_known_to_every_process(tmp_path):
     storage = RawStorage.open(tmp_path / "image")
     pid = os.fork()
     if not pid:
-        storage._note_lost(OSError(errno.EIO, "the disk fails"))
+        storage._lost.note(OSError(errno.EIO, "the disk fails"))
         os._exit(0)
     os.waitpid(pid, 0)
     with pytest.raises(OSError, match="earlier writes were lost"):

@@ -128,8 +128,8 @@ def test_what_makes_no_sense_is_refused_before_anything_is_opened(options, says)
 @pytest.mark.parametrize(
     ("head", "says"),
     [
-        (b"LUKS\xba\xbe\0\x01", "is a luks image, which cannot be served"),
-        (b"QED\0", "is a qed image, which cannot be served"),
+        (b"LUKS\xba\xbe\0\x01", "luks images cannot be served"),
+        (b"QED\0", "qed images cannot be served"),
         (b"conectix", "vpc images can only be read"),
     ],
 )
@@ -137,6 +137,21 @@ def test_a_format_that_is_no_use_is_named(tmp_path, head, says):
     path = tmp_path / "image"
     path.write_bytes(head.ljust(4096, b"\0"))
     with pytest.raises(StorageError, match=says):
+        open_storage(StorageSpec(str(path)))
+
+
+@pytest.mark.parametrize("image_format", ["vmdk", "vdi", "vhdx"])
+def test_a_file_that_is_no_such_image_is_not_served_as_one(tmp_path, image_format):
+    path = tmp_path / "image"
+    path.write_bytes(bytes(1 << 20))
+    with pytest.raises(StorageError, match="image: it does not begin as one"):
+        open_storage(StorageSpec(str(path), image_format, read_only=True))
+
+
+def test_a_file_too_short_for_a_header_is_told(tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"QFI\xfb\0\0\0\3".ljust(23, b"\0") + b"\x10")
+    with pytest.raises(StorageError, match="has 24 bytes only"):
         open_storage(StorageSpec(str(path)))
 
 

@@ -211,7 +211,7 @@ def test_a_flush_that_overlaps_a_failing_one_fails_too(storage, monkeypatch, cal
     real = getattr(os, call)
 
     def succeed_while_a_neighbour_fails(*arguments):
-        storage._note_lost(OSError(errno.EIO, "lost"))
+        storage._lost.note(OSError(errno.EIO, "lost"))
         return real(*arguments)
 
     monkeypatch.setattr(os, call, succeed_while_a_neighbour_fails)

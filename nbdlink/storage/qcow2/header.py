@@ -248,6 +248,8 @@ def parse_header(name: str, cluster: bytes, file_size: int) -> Header:
     Raises:
         StorageError: the image is damaged, or needs what this driver does not know.
     """
+    if file_size < _BASE.size:
+        raise StorageError(f"{name} has {file_size} bytes only, and its header has {_BASE.size}")
     (
         *_ignored,
         version,

@@ -138,9 +138,11 @@ class Refcounts:
         if len(self._blocks) >= self._most_blocks:
             for index, old in list(self._blocks.items()):
                 if not old.writing:
-                    if self.changed.pop(index, None):
-                        # Too high at worst, and that may be written whenever it suits.
+                    if index in self.changed:
+                        # Too high at worst, and that may be written whenever it suits. If it
+                        # cannot be, the block stays.
                         self._file.write_at(*self.changes(old))
+                        del self.changed[index]
                     del self._blocks[index]
                     break
         self._blocks[block.index] = block
@@ -245,9 +247,9 @@ class Refcounts:
         block.counts[0] = 1
         self._file.write_at(block.counts.pack(), block.offset)
         self._file.flush()
-        self._table[index] = block.offset
         at = self._image.header.refcount_table_offset + 8 * index
         self._file.write_at(block.offset.to_bytes(8, "big"), at)
+        self._table[index] = block.offset
         self.metadata.add(first)
         self.end = max(self.end, first + 1)
         self._keep(block)
@@ -291,10 +293,11 @@ class Refcounts:
         self._file.write_at(bytes_of(table), offset)
         self._file.flush()
         old = self._image.header
-        self._image.header, at, patch = old.with_refcount_table(offset, clusters)
+        header, at, patch = old.with_refcount_table(offset, clusters)
         self._file.write_at(patch, at)
         self._file.flush()
-        self._table = table
+        # Only now: if one of these fails, the old table is still the one that counts.
+        self._image.header, self._table = header, table
         self.metadata.update(range(first, first + total))
         self.end = max(self.end, first + total)
         for block in new:
