@@ -217,6 +217,26 @@ def test_a_damaged_record_is_not_taken_for_none(place):
         place.mirror("a", "b")
 
 
+def test_a_damaged_record_of_members_without_files_is_not_either(place, monkeypatch):
+    monkeypatch.setattr("nbdlink.storage.mirror.places.keeps_copy", lambda address: False)
+    place.mirror("a", "b").close()
+    (record,) = place.folder.glob("state/mirrors/*.mirror")
+    assert not place.path("a.mirror").exists()
+    record.write_bytes(b"x" * 1000)
+    with pytest.raises(StorageError, match="may be the record of this mirror"):
+        place.mirror("a", "b")
+
+
+def test_members_without_files_have_their_record_in_one_place(place, monkeypatch):
+    monkeypatch.setattr("nbdlink.storage.mirror.places.keeps_copy", lambda address: False)
+    drop(place, "a")
+    mirror = place.mirror("a", "b")
+    assert place.states(mirror) == {"a": "stale", "b": "good"}
+    mirror.close()
+    with pytest.raises(StorageError, match="only stale members"):
+        place.mirror("a")
+
+
 def test_files_may_be_renamed_with_their_records(place):
     mirror = place.mirror("a", "b")
     write(mirror, b"x" * SIZE, 0)
