@@ -231,10 +231,10 @@ class Service:
                 os.read(finished, 4096)
                 if hangups:
                     hangups.clear()
-                    if is_attended:
-                        signals.append(signal.SIGHUP)
-                    else:
+                    if not is_attended:
                         self.renew()
+                    elif not signals:  # the kernel tells it, and the shell once more
+                        signals.append(signal.SIGHUP)
                 if len(signals) > 1:
                     _log.warning("told to stop twice: breaking off")
                     self.abort()

@@ -7,7 +7,8 @@ may be lost. After each the journal is replayed in a copy, the file system must 
 is wrong, and every file that had been synced must be there.
 
 `python -m tests.kernel.crash --help` does it for as long as one likes, on a machine that may be
-thrown away.
+thrown away. A run that was kept with `--record` can be cut on any machine, which is much faster
+than in an emulated one.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ import argparse
 import contextlib
 import hashlib
 import os
+import pickle
 import random
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdlink.link import record
 from nbdlink.link.attach import attach
 from nbdlink.server import serve_in_thread
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.writebehind import WriteBehind
-from tests.server.recording import Recording, cut
+from tests.server.recording import Flush, Promise, Recording, Write, cut
 
 from .conftest import PATIENCE, free_all, until
 from .faults import SIZE, world
@@ -210,18 +213,21 @@ def kill_servers(folder: Path, kills: int, seed: int = 1) -> int:
 # Power that fails.
 
 
-def cut_power(folder: Path, files: int, cuts: int, seed: int = 1, memory: int = 4 << 20) -> int:
-    """Record how files are written, and have the power fail so often; give the log's length.
+class Run(NamedTuple):
+    """What the server wrote down while files were written, and what was there before."""
+
+    base: bytes
+    log: list[Write | Flush | Promise]
+
+
+def record_run(folder: Path, files: int, seed: int = 1, memory: int = 4 << 20) -> Run:
+    """Have so many files be synced, and write down what reaches the disk.
 
     Args:
-        folder: for images.
+        folder: for the image.
         files: how many are synced.
-        cuts: how many moments are looked at.
-        seed: for the files and the moments.
+        seed: for them.
         memory: of write-behind, which the server does in this.
-
-    Raises:
-        AssertionError: the file system, or a synced file, would not have survived.
     """
     image = folder / "disk.img"
     image.touch()
@@ -239,7 +245,16 @@ def cut_power(folder: Path, files: int, cuts: int, seed: int = 1, memory: int = 
                 run("umount", mountpoint)
         finally:
             free_all()
-    dice, log = random.Random(seed), recording.log
+    return Run(base, recording.log)
+
+
+def cut_power(recorded: Run, cuts: int, folder: Path, seed: int = 1) -> None:
+    """Have the power fail so often in a run that was written down; that takes no kernel.
+
+    Raises:
+        AssertionError: the file system, or a synced file, would not have survived.
+    """
+    dice, (base, log) = random.Random(seed), recorded
     copy = folder / "copy.img"
     for at in [len(log), *dice.choices(range(len(log) + 1), k=cuts - 1)]:
         disk, promised = cut(base, log, at, dice)
@@ -248,7 +263,6 @@ def cut_power(folder: Path, files: int, cuts: int, seed: int = 1, memory: int = 
             verify(copy, promised, folder)
         except AssertionError as error:
             raise AssertionError(f"cut after {at} of {len(log)} entries: {error}") from None
-    return len(log)
 
 
 def main() -> int:
@@ -262,29 +276,37 @@ def main() -> int:
     parser.add_argument("--cuts", type=int, default=300, help="of the power, in one run (300)")
     parser.add_argument("--files", type=int, default=100, help="synced in that run (100)")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 16))
+    parser.add_argument("--record", metavar="FILE", type=Path, help="keep that run here")
+    parser.add_argument(
+        "--replay", metavar="FILE", type=Path, help="cut the power in a run that was kept, no more"
+    )
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    for name, act in (
-        (
-            f"{options.kills} servers killed",
-            lambda folder: kill_servers(folder, options.kills, options.seed),
-        ),
-        (
-            f"{options.cuts} power cuts",
-            lambda folder: cut_power(folder, options.files, options.cuts, options.seed),
-        ),
-    ):
-        with tempfile.TemporaryDirectory() as path:
-            folder = Path(path)
-            record.DIRECTORY = folder / "run"
-            begun = time.monotonic()
-            try:
-                count = act(folder)
-            except AssertionError as error:
-                print(f"WRONG: {name}: {error}", flush=True)
-                os._exit(1)  # a thread may hang in the kernel
-        took = time.monotonic() - begun
-        print(f"{name}: nothing lost; {count} synced files or requests; {took:.0f} s", flush=True)
+    begun = time.monotonic()
+
+    def say(what):
+        print(f"{what}; {time.monotonic() - begun:.0f} s", flush=True)
+
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        record.DIRECTORY = folder / "run"
+        try:
+            if options.replay is None and options.kills:
+                count = kill_servers(folder, options.kills, options.seed)
+                say(f"{options.kills} servers killed: nothing of {count} synced files lost")
+            if options.replay is None:
+                recorded = record_run(folder, options.files, options.seed)
+                say(f"{len(recorded.log)} entries recorded")
+            else:
+                recorded = pickle.loads(zlib.decompress(options.replay.read_bytes()))
+            if options.record is not None:
+                options.record.write_bytes(zlib.compress(pickle.dumps(recorded)))
+            if options.cuts:
+                cut_power(recorded, options.cuts, folder, options.seed)
+                say(f"{options.cuts} power cuts: nothing lost")
+        except AssertionError as error:
+            print(f"WRONG: {error}", flush=True)
+            os._exit(1)  # a thread may hang in the kernel
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from .crash import cut_power, kill_servers
+from .crash import cut_power, kill_servers, record_run
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("runtime_directory")]
 
@@ -19,4 +19,4 @@ def test_a_file_system_survives_when_its_server_is_killed(tmp_path):
 
 
 def test_a_file_system_survives_when_the_power_fails(tmp_path):
-    assert cut_power(tmp_path, files=6, cuts=6)
+    cut_power(record_run(tmp_path, files=6), 6, tmp_path)

@@ -165,6 +165,13 @@ def _open_copies(
             undo.callback(files[each].close)
             continue
         _log.warning("%s", unread)
+    if not files and not all(map(places.keeps_copy, named)):
+        for path in places.central_copies():
+            if peek(path) is None:
+                unread = StorageError(
+                    f"{path} cannot be read, and may be the record of this mirror",
+                    hint="move it away only if it is not",
+                )
     if unread and not files:
         raise unread
     return files

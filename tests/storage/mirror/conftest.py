@@ -98,6 +98,12 @@ class Place:
         """Give the state of every member, by its name."""
         return {Path(m["address"]).name: m["state"] for m in mirror.status()["members"]}
 
+    def favour(self, mirror, name):
+        """Have a member read before all others, if it may be read."""
+        with mirror.lock:
+            for member in mirror.members:
+                member.in_flight += 0 if Path(member.name).name == name else 100
+
     def fail(self, name, what, code=errno.EIO):
         self.storages[name].failing[what] = code
 

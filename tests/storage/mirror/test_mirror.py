@@ -101,6 +101,7 @@ def test_a_dropped_member_is_never_read_nor_written(place):
     place.fail("a", "write")
     write(mirror, b"x" * SIZE, 0)
     dropped = place.storages["a"]
+    place.favour(mirror, "a")
     dropped.failing.clear()
     dropped.seen.clear()
     for _ in range(20):
@@ -114,6 +115,7 @@ def test_a_read_that_fails_is_done_by_another_member(place):
     mirror = place.mirror("a", "b")
     write(mirror, b"x" * SIZE, 0)
     place.fail("a", "read")
+    place.favour(mirror, "a")
     for _ in range(20):
         assert read(mirror) == b"x" * SIZE
     assert recorded(place.path("b")) == {"a": "stale", "b": "good"}
@@ -285,6 +287,24 @@ def test_writes_that_overlap_come_to_all_members_in_the_same_order(place):
     mirror.flush()
     assert not failures
     assert place.path("a").read_bytes() == place.path("b").read_bytes()
+
+
+def test_a_write_waits_for_one_that_overlaps_and_is_not_in_all_members_yet(place):
+    mirror = place.mirror("a", "b")
+    others = []
+
+    def interfere():
+        place.storages["b"].on_write = lambda: None
+        others.append(threading.Thread(target=write, args=(mirror, b"y" * 100, 50)))
+        others[0].start()
+        others[0].join(0.3)  # time enough to come first, if it were let
+
+    place.storages["b"].on_write = interfere
+    write(mirror, b"x" * 100, 0)
+    others[0].join()
+    mirror.flush()
+    assert place.path("a").read_bytes() == place.path("b").read_bytes()
+    assert read(mirror, 0, 150) == b"x" * 50 + b"y" * 100
 
 
 def test_reads_are_spread_over_members(place):

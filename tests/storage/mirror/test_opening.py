@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -52,6 +53,7 @@ def test_the_first_member_is_what_a_new_mirror_has(place):
 def test_a_new_member_is_not_read_before_it_is_rebuilt(place):
     place.make("a", content=b"x" * SIZE)
     mirror = place.mirror("a", "b", settled=False)
+    place.favour(mirror, "b")
     for _ in range(20):
         assert read(mirror) == b"x" * SIZE
     assert peek(place.path("a.mirror")).members[0].state == "good"
@@ -96,6 +98,7 @@ def test_a_new_mirror_cannot_be_read_only(place):
 def test_a_dropped_member_stays_out_after_a_restart(place, name):
     drop(place, name)
     mirror = place.mirror("a", "b")
+    place.favour(mirror, name)
     assert place.states(mirror)[name] == "stale"
     for _ in range(20):
         assert read(mirror, 0, 300) == b"new" * 100
@@ -156,6 +159,7 @@ def test_what_was_left_out_is_stale_when_it_comes_back(place):
     mirror.close()
     mirror = place.mirror("a", "b")
     assert place.states(mirror) == {"a": "good", "b": "stale"}
+    place.favour(mirror, "b")
     for _ in range(10):
         assert read(mirror) == b"x" * SIZE
 
@@ -213,6 +217,26 @@ def test_a_damaged_record_is_not_taken_for_none(place):
         place.mirror("a", "b")
 
 
+def test_a_damaged_record_of_members_without_files_is_not_either(place, monkeypatch):
+    monkeypatch.setattr("nbdlink.storage.mirror.places.keeps_copy", lambda address: False)
+    place.mirror("a", "b").close()
+    (record,) = place.folder.glob("state/mirrors/*.mirror")
+    assert not place.path("a.mirror").exists()
+    record.write_bytes(b"x" * 1000)
+    with pytest.raises(StorageError, match="may be the record of this mirror"):
+        place.mirror("a", "b")
+
+
+def test_members_without_files_have_their_record_in_one_place(place, monkeypatch):
+    monkeypatch.setattr("nbdlink.storage.mirror.places.keeps_copy", lambda address: False)
+    drop(place, "a")
+    mirror = place.mirror("a", "b")
+    assert place.states(mirror) == {"a": "stale", "b": "good"}
+    mirror.close()
+    with pytest.raises(StorageError, match="only stale members"):
+        place.mirror("a")
+
+
 def test_files_may_be_renamed_with_their_records(place):
     mirror = place.mirror("a", "b")
     write(mirror, b"x" * SIZE, 0)
@@ -258,8 +282,24 @@ def test_members_are_alike_again_after_a_crash(place):
 
 def test_reads_do_not_change_their_minds_after_a_crash(place):
     differ(place)
-    mirror = place.mirror("a", "b", settled=False)
-    seen = {read(mirror, 5000, 5) for _ in range(200)}
+    go = threading.Event()
+
+    def opened(spec):
+        storage = place._open(spec)
+        genuine = storage.below.read_into
+
+        def read_into(buffer, offset):
+            if threading.current_thread().name == "nbd-rebuild" and spec.path.endswith("b"):
+                go.wait(60)
+            genuine(buffer, offset)
+
+        storage.below.read_into = read_into
+        return storage
+
+    mirror = place.mirror("a", "b", settled=False, opened=opened)
+    place.favour(mirror, "b")
+    seen = {read(mirror, 5000, 5) for _ in range(20)}
+    go.set()
     mirror.wait_until_built(lambda _: None, 1.0)
     assert seen | {read(mirror, 5000, 5) for _ in range(20)} == {b"xxxxx"}
 
@@ -267,6 +307,7 @@ def test_reads_do_not_change_their_minds_after_a_crash(place):
 def test_read_only_they_do_not_either(place):
     differ(place)
     mirror = place.mirror("a", "b", read_only=True, settled=False)
+    place.favour(mirror, "b")
     assert {read(mirror, 5000, 5) for _ in range(200)} == {b"xxxxx"}
 
 
@@ -287,5 +328,6 @@ def test_a_loss_outlives_a_crash(place):
         """.replace("\n        ", "\n"),
     )
     mirror = place.mirror("a", "b")
+    place.favour(mirror, "a")
     assert place.states(mirror) == {"a": "stale", "b": "good"}
     assert {read(mirror, 0, 300) for _ in range(20)} == {b"new" * 100}

@@ -94,6 +94,7 @@ def test_it_is_not_read_before_it_is_good(place):
     mirror.rebuild(str(place.path("b")))
     seen.wait(60)
     assert place.states(mirror) == {"a": "good", "b": "rebuilding"}
+    place.favour(mirror, "b")
     for _ in range(20):
         assert read(mirror, SIZE - 100, 100) == b"x" * 100
     hold.set()
@@ -127,6 +128,73 @@ def test_writes_meanwhile_are_never_overwritten(place, size):
     mirror.close()
     for name in "abc":
         assert place.path(name).read_bytes() == model
+
+
+def copying(place, mirror, name, act):
+    """Have something done while the rebuild writes to a member, the first time."""
+    member = next(each for each in mirror.members if each.name.endswith(name))
+    genuine = member.opener
+
+    def opened():
+        storage = genuine()
+
+        def once():
+            if threading.current_thread().name == "nbd-rebuild":
+                storage.on_write = lambda: None
+                act()
+
+        storage.on_write = once
+        return storage
+
+    member.opener = opened
+    mirror.rebuild(member.name)
+    built(mirror)
+
+
+def test_a_write_waits_for_the_copy_of_what_it_changes(place):
+    mirror = without(place, "b", "a", "b")
+    writer = threading.Thread(target=write, args=(mirror, b"y" * 100, 50))
+
+    def act():
+        writer.start()
+        writer.join(0.3)  # time enough to come first, if it were let
+
+    copying(place, mirror, "b", act)
+    writer.join()
+    mirror.close()
+    assert place.path("b").read_bytes() == place.path("a").read_bytes()
+    assert place.path("b").read_bytes()[50:150] == b"y" * 100
+
+
+def test_a_region_in_which_a_write_failed_everywhere_is_copied_again(place):
+    size = 2 << 20  # which is copied in two pieces
+    place.make("a", "b", size=size)
+    mirror = place.mirror("a", "b", region=size)
+    place.fail("b", "write")
+    write(mirror, b"x" * size, 0)
+    tried = []
+
+    def partly():
+        with place.path("a").open("r+b") as file:
+            file.seek(100)
+            file.write(b"partly")
+        raise OSError(errno.ENOSPC, "No space")
+
+    def second_piece():
+        place.storages["b"].on_write = lambda: None
+        place.storages["a"].on_write = partly
+        with pytest.raises(OSError, match="No space"):
+            write(mirror, b"y" * 100, 100)
+        place.storages["a"].on_write = lambda: None
+        tried.append(1)
+
+    def first_piece():
+        place.storages["b"].on_write = second_piece
+
+    copying(place, mirror, "b", first_piece)
+    assert tried
+    mirror.close()
+    assert place.path("b").read_bytes() == place.path("a").read_bytes()
 
 
 @pytest.mark.parametrize("what", ["write", "flush"])
