@@ -24,6 +24,13 @@ SCRIPTS = Path(__file__).parents[2] / "completions"
 SHELLS = ("bash", "zsh", "fish")
 
 
+@pytest.fixture(autouse=True)
+def patience(request, monkeypatch):
+    """Have a busy machine be waited for, but for the tests of what nobody waits for."""
+    if "bad_server" not in request.fixturenames:
+        monkeypatch.setenv("NBDLINK_COMPLETION_TIMEOUT", "60")
+
+
 def fitting(*words):
     return [value for value, _ in candidates(words[:-1], words[-1]).values]
 
@@ -166,6 +173,13 @@ def test_a_server_that_tells_nothing_is_passed_over_in_silence(shell, bad_server
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("value", ["", "x", "nan", "-1", "1e99"])
+def test_a_timeout_that_makes_no_sense_does_no_harm(value, monkeypatch, capsys):
+    monkeypatch.setenv("NBDLINK_COMPLETION_TIMEOUT", value)
+    assert main(["complete", "zsh", "det"]) == 0
+    assert capsys.readouterr().out == "values\ndetach\tunbind devices\n"
 
 
 @pytest.mark.parametrize("words", [[], ["bash"], ["bash", "a", "b", "c"], ["zsh"], ["fish"]])
