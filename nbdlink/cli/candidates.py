@@ -24,10 +24,12 @@ from nbdlink.cli.main import VERBS, build_parser
 Value = tuple[str, str]
 """What can be inserted, and what it means."""
 
+_PATIENCE: Final = "NBDLINK_COMPLETION_TIMEOUT"
+"""The environment's word for the seconds that a server has to tell its exports."""
 _SERVER_SECONDS: Final = 1.0
-"""For a server to tell its exports; somebody has pressed Tab and waits."""
-_SECONDS: Final = 2.5
-"""For everything: looking up a name cannot be given a limit."""
+"""Without that word: somebody has pressed Tab and waits."""
+_FURTHER_SECONDS: Final = 1.5
+"""For everything else: looking up a name cannot be given a limit."""
 
 
 @dataclass(slots=True)
@@ -52,7 +54,7 @@ def run(words: Sequence[str]) -> int:
         words: the shell; then for bash the line up to the cursor, the cursor's place in the line,
             and COMP_WORDBREAKS, for others the words up to the cursor, that at the cursor last.
     """
-    watchdog = threading.Timer(_SECONDS, os._exit, (0,))
+    watchdog = threading.Timer(_server_seconds() + _FURTHER_SECONDS, os._exit, (0,))
     watchdog.daemon = True
     watchdog.start()
     with contextlib.suppress(Exception, SystemExit, KeyboardInterrupt):
@@ -71,6 +73,13 @@ def run(words: Sequence[str]) -> int:
         print(" ".join(flags), *lines, sep="\n", flush=True)
     watchdog.cancel()
     return 0
+
+
+def _server_seconds() -> float:
+    try:
+        return min(max(0.1, float(os.environ[_PATIENCE])), 3600.0)
+    except (KeyError, ValueError):
+        return _SERVER_SECONDS
 
 
 def split(line: str) -> list[str]:
@@ -169,10 +178,9 @@ class _Line:
 
     def _option_names(self) -> Iterator[Value]:
         for action in self._parser._actions:
-            if action.help is not argparse.SUPPRESS:
+            if action.option_strings and action.help is not argparse.SUPPRESS:
                 # Who knows the short one does not look for it.
-                for name in action.option_strings[-1:]:
-                    yield name, action.help or ""
+                yield max(action.option_strings, key=len), action.help or ""
 
     def _values(self, action: argparse.Action, word: str) -> Candidates:
         if action.choices is not None:
@@ -235,7 +243,7 @@ class _Line:
         target = Target.parse(base)
         options = client_options(self.said) if hasattr(self.said, "tls") else NO_OPTIONS
         security = Security(target, options)
-        with Negotiation(target, timeout=_SERVER_SECONDS, security=security) as negotiation:
+        with Negotiation(target, timeout=_server_seconds(), security=security) as negotiation:
             for listing in negotiation.list_exports():
                 name = quote(listing.name) if "://" in base else listing.name
                 yield base + name, listing.description

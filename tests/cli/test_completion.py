@@ -24,6 +24,13 @@ SCRIPTS = Path(__file__).parents[2] / "completions"
 SHELLS = ("bash", "zsh", "fish")
 
 
+@pytest.fixture(autouse=True)
+def patience(request, monkeypatch):
+    """Have a busy machine be waited for, but for the tests of what nobody waits for."""
+    if "bad_server" not in request.fixturenames:
+        monkeypatch.setenv("NBDLINK_COMPLETION_TIMEOUT", "60")
+
+
 def fitting(*words):
     return [value for value, _ in candidates(words[:-1], words[-1]).values]
 
@@ -168,6 +175,13 @@ def test_a_server_that_tells_nothing_is_passed_over_in_silence(shell, bad_server
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("value", ["", "x", "nan", "-1", "1e99"])
+def test_a_timeout_that_makes_no_sense_does_no_harm(value, monkeypatch, capsys):
+    monkeypatch.setenv("NBDLINK_COMPLETION_TIMEOUT", value)
+    assert main(["complete", "zsh", "det"]) == 0
+    assert capsys.readouterr().out == "values\ndetach\tunbind devices\n"
+
+
 @pytest.mark.parametrize("words", [[], ["bash"], ["bash", "a", "b", "c"], ["zsh"], ["fish"]])
 def test_what_makes_no_sense_is_passed_over_in_silence(words, capsys):
     assert main(["complete", *words]) == 0
@@ -206,8 +220,9 @@ _STARTS = {
 class Shell:
     """A shell on a terminal, whose line is written to a file when Ctrl-X is pressed."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, before="", load=None):
         command, begin = _STARTS[name]
+        load = f"source {SCRIPTS / f'nbdlink.{name}'}" if load is None else load
         self._file = folder / "lines"
         self._file.touch()
         binaries = Path(sys.executable).parent
@@ -225,7 +240,7 @@ class Shell:
         self._process = pid
         self.said = ""
         # The words are in pieces, so that the terminal's echo of them is not what is waited for.
-        self.type(f"{begin}source {SCRIPTS / f'nbdlink.{name}'}\nPS1='re''ady> '\n")
+        self.type(f"{before}{begin}{load}\nPS1='re''ady> '\n")
         while "ready> " not in self.said:
             self._listen()
 
@@ -292,6 +307,15 @@ def test_a_shell_is_told_no_errors(shell):
     assert shell.line("nbdlink attach 127.0.0.1:1/d") == "nbdlink attach 127.0.0.1:1/d"
     assert "rror" not in shell.said
     assert "refused" not in shell.said
+
+
+def test_zsh_finds_the_script_where_it_is_installed(tmp_path):
+    if shutil.which("zsh") is None:
+        pytest.skip("zsh is not installed")
+    shutil.copy(SCRIPTS / "nbdlink.zsh", tmp_path / "_nbdlink")
+    started = Shell("zsh", tmp_path, before=f"fpath=({tmp_path} $fpath)\n", load="")
+    assert started.line("nbdlink det") == "nbdlink detach "
+    started.close()
 
 
 def fish(line, **options):
