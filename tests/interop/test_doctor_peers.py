@@ -200,6 +200,8 @@ def _behind(setup, address, seconds="60"):
 )
 def test_a_firewall(verdict, says, advises):
     need("nft", "unshare")
+    if _elsewhere("nft add table inet doctor && exec true").returncode:
+        pytest.skip("no firewall in this kernel")
     seconds = "0.5" if verdict == "drop" else "60"
     status, last = _behind(_FIREWALL % verdict, "127.0.0.1", seconds)
     assert (status, last["check"]) == (1, "connect")
