@@ -89,6 +89,7 @@ class Writer:
         self.writeback = writeback
         self.backing_size = backing_size
         self.in_flight: set[int] = set()
+        self._waiting = 0  # threads that wait for one of them
         self._external = image.data is not image.file
 
     # Tables.
@@ -156,7 +157,11 @@ class Writer:
         while True:
             image.check_damage()
             if any(first <= index <= last for index in self.in_flight):
-                image.lock.wait()
+                self._waiting += 1
+                try:
+                    image.lock.wait()
+                finally:
+                    self._waiting -= 1
             elif not image.is_at_hand(number):
                 image.load(number)
             else:
@@ -277,8 +282,9 @@ class Writer:
             else:
                 area = self.refcounts.allocate(count)
                 count, position = area.clusters, area.first << bits
-            old = (self.host_clusters(word) for word in words[at : at + count])
-            freed = [clusters for clusters in old if clusters]
+            for word in words[at : at + count]:
+                if word and (clusters := self.host_clusters(word)):
+                    freed.append(clusters)
         end = min(offset + length, index + count << bits)
         allocation = Allocation(
             first=index,
@@ -291,14 +297,17 @@ class Writer:
             freed=freed,
             area=area,
         )
-        tail = image.standard_entry(words[at + count - 1])[0]
         virgin = area is not None and area.virgin
         if within and not (virgin and self.reads_as_zeroes(kind, index << bits)):
             allocation.start, allocation.position = index << bits, position
-        last_offset = index + count - 1 << bits
-        if end & geometry.cluster_mask and not (virgin and self.reads_as_zeroes(tail, last_offset)):
-            allocation.end = index + count << bits
-        self.in_flight.update(range(index, index + count))
+        if end & geometry.cluster_mask:
+            tail, _ = image.standard_entry(words[at + count - 1])
+            if not (virgin and self.reads_as_zeroes(tail, index + count - 1 << bits)):
+                allocation.end = index + count << bits
+        if count == 1:
+            self.in_flight.add(index)
+        else:
+            self.in_flight.update(range(index, index + count))
         return allocation
 
     def _needs_cluster(self, entry: int, index: int) -> bool:
@@ -390,7 +399,11 @@ class Writer:
                 self.refcounts.unallocate(allocation.area.first, allocation.area.clusters)
 
     def _landed(self, allocation: Allocation) -> None:
-        self.in_flight.difference_update(
-            range(allocation.first, allocation.first + allocation.count)
-        )
-        self.image.lock.notify_all()
+        if allocation.count == 1:
+            self.in_flight.discard(allocation.first)
+        else:
+            self.in_flight.difference_update(
+                range(allocation.first, allocation.first + allocation.count)
+            )
+        if self._waiting:
+            self.image.lock.notify_all()

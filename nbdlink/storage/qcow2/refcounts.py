@@ -240,11 +240,11 @@ class Refcounts:
         first = index * self.per_block + within
         if (first + count) * self._cluster > MAX_OFFSET:
             raise OSError(errno.ENOSPC, f"{self._image.name} has reached the format's limit")
-        taken = self.metadata.intersection(range(first, first + count))
-        if taken:
-            raise self._image.found_damage(
-                f"host cluster {min(taken)} holds metadata and has a refcount of 0"
-            )
+        for number in range(first, first + count):
+            if number in self.metadata:
+                raise self._image.found_damage(
+                    f"host cluster {number} holds metadata and has a refcount of 0"
+                )
         for number in range(within, within + count):
             block.counts[number] = 1
         self.mark(block, within, within + count)
