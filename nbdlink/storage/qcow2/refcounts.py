@@ -346,13 +346,17 @@ class Refcounts:
             self._file.flush()
         old = self._image.header
         _, at, patch = old.with_refcount_table(offset, clusters)
+        written = False
         try:
             with unlocked(self._lock):
                 self._file.write_at(patch, at)
+                written = True
                 self._file.flush()
-        except OSError:
-            # Nobody knows which table the header names now, so neither may be changed.
-            self._image.damage = "its header may name another refcount table; open it again"
+        except OSError as error:
+            # Where there was no room nothing was written. Otherwise nobody knows which table the
+            # header names now, so neither may be changed.
+            if written or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self._image.damage = "its header may name another refcount table; open it again"
             raise
         self._image.header = self._image.header.with_refcount_table(offset, clusters)[0]
         self._table = table
