@@ -126,9 +126,13 @@ class Admission:
             storage = opener()
         except NBDError as error:
             raise StorageError(f"{address} cannot be rebuilt: {error}", hint=error.hint) from None
-        if (short := check_member(storage, self._mirror.size)) is not None:
+        why = check_member(storage, self._mirror.size)
+        if storage.minimum_block > self._mirror.minimum_block:
+            # Clients know by now what they may ask for.
+            why = f"it takes blocks of {storage.minimum_block} bytes only"
+        if why is not None:
             storage.close()
-            raise StorageError(f"{address} cannot be rebuilt: {short}")
+            raise StorageError(f"{address} cannot be rebuilt: {why}")
         return storage
 
     def _admit(self, member: Member, entry: Entry, opener: Opener) -> None:

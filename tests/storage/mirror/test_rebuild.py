@@ -296,3 +296,18 @@ def test_one_that_has_become_too_small_cannot_be_rebuilt(place):
     with pytest.raises(StorageError, match="bytes, and the mirror"):
         mirror.rebuild(str(place.path("b")))
     assert place.states(mirror) == {"a": "good", "b": "stale"}
+
+
+def test_one_with_larger_blocks_than_clients_know_cannot_be_rebuilt(place):
+    mirror = without(place, "b", "a", "b")
+    genuine = mirror.members[1].opener
+
+    def opened():
+        storage = genuine()
+        storage.minimum_block = 4096
+        return storage
+
+    mirror.members[1].opener = opened
+    with pytest.raises(StorageError, match="blocks of 4096 bytes only"):
+        mirror.rebuild(str(place.path("b")))
+    assert place.states(mirror) == {"a": "good", "b": "stale"}
