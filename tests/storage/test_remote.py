@@ -15,6 +15,7 @@ from nbdlink.server import serve_in_thread
 from nbdlink.storage.base import Storage
 from nbdlink.storage.open import Part, StorageSpec, open_storage
 from nbdlink.storage.remote import RemoteStorage
+from nbdlink.storage.remotefile import RemoteFile
 from nbdlink.uri import Target
 
 from ..server.fakes import MemoryStorage
@@ -345,3 +346,23 @@ def test_an_export_found_to_be_raw_stays_it(server):
     assert not any(server.behind.data[:512])
     write(storage, b"harmless", 0)
     storage.close()
+
+
+def test_neighbours_within_a_block_do_not_undo_each_other(tmp_path):
+    behind = MemoryStorage(SIZE, minimum_block=4096)
+    behind.waits = True
+    server = Server(tmp_path / "socket", behind)
+    file = RemoteFile(RemoteStorage.open(server.target))
+
+    def hammer(number):
+        for round_ in range(100):
+            file.write_at(bytes([round_]) * 512, number * 512)
+
+    threads = [threading.Thread(target=hammer, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert behind.data[:4096] == bytes([99]) * 4096
+    file.close()
+    server.stop()
