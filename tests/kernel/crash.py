@@ -162,7 +162,7 @@ def verify(image: Path, promised: dict[str, str | None], folder: Path):
         run("/sbin/debugfs", "-R", f"rdump /diary {name}", image)
         found = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in Path(name, "diary").iterdir()
+            for path in Path(name).glob("diary/*")  # none, if the power failed before there was it
         }
     missing = {name for name, digest in promised.items() if digest and found.get(name) != digest}
     assert not missing, f"of {len(promised)} synced files are lost or wrong: {sorted(missing)}"
@@ -298,9 +298,9 @@ def main() -> int:
                 recorded = record_run(folder, options.files, options.seed)
                 say(f"{len(recorded.log)} entries recorded")
             else:
-                recorded = pickle.loads(zlib.decompress(options.replay.read_bytes()))
+                recorded = Run(*pickle.loads(zlib.decompress(options.replay.read_bytes())))
             if options.record is not None:
-                options.record.write_bytes(zlib.compress(pickle.dumps(recorded)))
+                options.record.write_bytes(zlib.compress(pickle.dumps(tuple(recorded))))
             if options.cuts:
                 cut_power(recorded, options.cuts, folder, options.seed)
                 say(f"{options.cuts} power cuts: nothing lost")
