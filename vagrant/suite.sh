@@ -21,8 +21,9 @@ e2fsck -fn "$device"
 nbdlink detach data
 device=$(nbdlink attach --name data nbd://store1/data)
 mount -o ro "$device" /mnt/data
-diff -r nbdlink /mnt/data/nbdlink
-diff -r tests /mnt/data/tests
+# Running Python adds bytecode to the originals.
+diff -r -x __pycache__ nbdlink /mnt/data/nbdlink
+diff -r -x __pycache__ tests /mnt/data/tests
 umount /mnt/data
 nbdlink detach data
 trap - EXIT
