@@ -229,6 +229,14 @@ class Writer:
             if index in self.in_flight or image.damage is not None:
                 return None
             table = self.writable_table(number)
+            begin = index << geometry.cluster_bits
+            if (
+                not table.words[index & geometry.l2_mask]
+                and begin >= self.backing_size
+                and offset + length <= begin + geometry.cluster_size
+                and not self._external
+            ):
+                return self._prepare_one(index, offset, length)
             if not self._stands_alone(table, offset, length):
                 return None
             return self._prepare_standard(table, offset, length)
@@ -236,6 +244,29 @@ class Writer:
             return None
         finally:
             image.lock.release()
+
+    def _prepare_one(self, index: int, offset: int, length: int) -> Allocation:
+        """Do what `_prepare_standard` does for a range within a cluster of which nothing is there.
+
+        That is what growing disks are made of, and most of it would be looked at for nothing.
+        """
+        bits = self.image.geometry.cluster_bits
+        area = self.refcounts.allocate(1)
+        position = area.first << bits
+        begin, start, end = index << bits, offset, offset + length
+        if not area.virgin:
+            start, end = begin, index + 1 << bits
+        self.in_flight.add(index)
+        return Allocation(
+            first=index,
+            count=1,
+            start=start,
+            end=end,
+            consumed=length,
+            position=position + start - begin,
+            words=[position | COPIED],
+            area=area,
+        )
 
     def _stands_alone(self, table: L2Table, offset: int, length: int) -> bool:
         """Tell whether new clusters for a range need nothing of what is around it but zeroes."""
