@@ -285,7 +285,7 @@ class Dispatcher:
         return True
 
     def _written(self, flush: object, cookie: int, offset: int, length: int) -> None:
-        """Answer a long write, once it is durable if that is left to be done."""
+        """Answer a write, once it is durable if that is left to be done."""
         self._session.count(bytes_written=length)
         if flush:
             # The worker that flushes tells that it is written.

@@ -190,7 +190,7 @@ class Transmission:
         a_read = magic << 32 | _READ
         a_write = magic << 32 | (_PAYLOAD << 16 if extended else 0) | _WRITE
         size, misaligned = self._rules.size, self._rules.minimum_block - 1
-        # How many bytes the fast ways are for. All of them are for a plain file only.
+        # The fast ways: up to how many bytes. Only a plain file has all of them.
         file, base, in_memory, nowait = -1, 0, True, 0
         short = long = guarded = 0
         whole = -1
