@@ -20,6 +20,7 @@ from nbdlink.uri import Target
 from tests.certificates import DAY, NOW, Authority
 from tests.interop import peers, tls_peers
 from tests.interop.ours import full, need
+from tests.listening import is_listening
 
 pytestmark = pytest.mark.interop
 
@@ -54,7 +55,7 @@ def test_a_server_that_ends_with_its_first_client_is_no_obstacle(doctor, image, 
     path = tmp_path / "socket"
     command = ["qemu-nbd", "-k", path, "-f", "raw", "-x", "data", image]
     with subprocess.Popen(command) as server:
-        while not path.exists():
+        while not is_listening(path):
             assert server.poll() is None
             time.sleep(0.02)  # nothing tells when it listens
         status, _, last = doctor(f"nbd+unix:///data?socket={path}")

@@ -17,6 +17,7 @@ import pytest
 import nbdlink
 from nbdlink.client.negotiate import Negotiation
 from nbdlink.uri import Target
+from tests.listening import is_listening
 
 from .ours import allocated, full, need, sparse
 
@@ -41,7 +42,7 @@ def qemu_nbd(folder, *words):
         text=True,
     )
     try:
-        while not path.exists():
+        while not is_listening(path):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         yield f"nbd+unix:///?socket={path}"

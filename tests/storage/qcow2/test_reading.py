@@ -14,6 +14,7 @@ from nbdlink.errors import StorageError
 from nbdlink.storage.chain import Chain
 from nbdlink.storage.qcow2 import Qcow2Storage, image
 from nbdlink.storage.qcow2.backing import MAX_DEPTH
+from tests.listening import is_listening
 
 from . import qemu
 
@@ -195,7 +196,7 @@ def nbdinfo_map(folder, path, context, *options):
     server = subprocess.Popen(words)
     try:
         end = time.monotonic() + 30
-        while not sock.exists():  # it makes it when it listens, and there is no event for it
+        while not is_listening(sock):  # there is no event for it
             assert time.monotonic() < end
             assert server.poll() is None
             time.sleep(0.005)
