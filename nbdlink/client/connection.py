@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Self
 
 from nbdlink.client.export import NegotiatedExport
-from nbdlink.client.negotiate import DEFAULT_TIMEOUT, negotiate_best
+from nbdlink.client.negotiate import DEFAULT_TIMEOUT
+from nbdlink.client.opening import negotiate_best
 from nbdlink.client.pipeline import Pending, Pipeline
 from nbdlink.client.security import Security
 from nbdlink.errors import LocalProtocolError, NBDError

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from nbdlink import kernel
 from nbdlink.client.export import NegotiatedExport
-from nbdlink.client.negotiate import negotiate
+from nbdlink.client.opening import negotiate
 from nbdlink.client.security import NO_OPTIONS, Security, TLSOptions
 from nbdlink.errors import (
     ConfigError,

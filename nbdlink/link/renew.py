@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from nbdlink import kernel
-from nbdlink.client.negotiate import negotiate
+from nbdlink.client.opening import negotiate
 from nbdlink.client.security import Security
 from nbdlink.errors import ConfigError, KernelError, NBDError
 from nbdlink.kernel import sockets, sysfs

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Final, Self
 from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
 from nbdlink.protocol.claim import Claim
 from nbdlink.protocol.handshake import Handshake
-from nbdlink.server import negotiate
+from nbdlink.server import handshake, negotiate
 from nbdlink.server.engine import DISCONNECTED
 from nbdlink.server.export import Catalogue
 from nbdlink.server.fencing import Fences, Refusal
@@ -86,7 +86,7 @@ class Service:
         *,
         once: bool = False,
         shared: int = 0,
-        negotiation_timeout: float = negotiate.DEFAULT_TIMEOUT,
+        negotiation_timeout: float = handshake.DEFAULT_TIMEOUT,
         grace: float = DEFAULT_GRACE,
         inherited: bool = False,
         on_stopping: Callable[[], None] = lambda: None,
@@ -502,7 +502,7 @@ class Service:
             how = self._processes.secure(session, machine, left, begun, admit)
             return how is not None
 
-        negotiated = negotiate.negotiate(session, negotiation, deadline, move)
+        negotiated = handshake.negotiate(session, negotiation, deadline, move)
         if negotiated is not None:
             self._begin_transmission(session, negotiated.export.name)
             how = self._processes.serve(session, negotiated)

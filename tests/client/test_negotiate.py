@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdlink.client.negotiate import Negotiation, negotiate, negotiate_best
+from nbdlink.client.negotiate import Negotiation
+from nbdlink.client.opening import negotiate, negotiate_best
 from nbdlink.errors import (
     NBDError,
     OldstyleServerError,

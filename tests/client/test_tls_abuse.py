@@ -10,7 +10,8 @@ import threading
 import pytest
 
 from nbdlink.client.connection import Connection
-from nbdlink.client.negotiate import Negotiation, negotiate, negotiate_best
+from nbdlink.client.negotiate import Negotiation
+from nbdlink.client.opening import negotiate, negotiate_best
 from nbdlink.client.security import Security, TLSOptions
 from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
 from nbdlink.protocol.constants import HeaderStyle, Option, OptionReply

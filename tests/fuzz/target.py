@@ -13,7 +13,8 @@ import time
 from nbdlink.errors import RemoteProtocolError, TransportError
 from nbdlink.server import Catalogue, Export
 from nbdlink.server.engine import Transmission
-from nbdlink.server.negotiate import Negotiation, negotiate
+from nbdlink.server.handshake import negotiate
+from nbdlink.server.negotiate import Negotiation
 from nbdlink.server.sessions import Session
 from nbdlink.storage.raw import RawStorage
 from nbdlink.transport.stream import Deadline

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdlink.client.connection import Connection
-from nbdlink.client.negotiate import negotiate_best
+from nbdlink.client.opening import negotiate_best
 from nbdlink.client.security import Security, TLSOptions
 from nbdlink.errors import NBDError
 from nbdlink.server import serve_in_thread

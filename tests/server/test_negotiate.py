@@ -33,7 +33,8 @@ from nbdlink.protocol.messages import (
     parse_info,
 )
 from nbdlink.server import Catalogue, Export
-from nbdlink.server.negotiate import Negotiation, negotiate
+from nbdlink.server.handshake import negotiate
+from nbdlink.server.negotiate import Negotiation
 from nbdlink.server.sessions import Session
 from nbdlink.transport.stream import Deadline
 
