@@ -138,7 +138,7 @@ def has_dropped(sock):
 
 
 def test_dead_connections_that_were_lost_are_reported(attach, peer, events):
-    device = attach(connections=16, flags=MULTI_CONN, dead_timeout=600)
+    device = attach(connections=6, flags=MULTI_CONN, dead_timeout=600)
     quiet(events)
     events._links.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # the kernel makes it 2304
     peer.kill()
