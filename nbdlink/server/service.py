@@ -219,13 +219,16 @@ class Service:
         before = [(number, signal.signal(number, caught)) for number in numbers]
         try:
             self.start()
+            # Asked before anybody is told that we are there, and may close the terminal.
+            has_terminal, session = _has_terminal(), os.getsid(0)
             try:
                 ready()
             except BaseException:
                 self.stop()
                 self.join()
                 raise
-            is_attended = self._security is None and _has_terminal()  # in the foreground
+            # Who goes to the background does so in `ready`, with a session of its own.
+            is_attended = self._security is None and has_terminal and os.getsid(0) == session
             # One read may be rung for by several at once: look at everything each time.
             while not self._done:
                 os.read(finished, 4096)

@@ -74,9 +74,11 @@ def threads(pid):
 def four(server):
     """Four clients, one in each process."""
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(server.client()) for _ in range(4)]
-        for client in clients:
-            assert client.ask(READ, 0, 512) == (0, bytes(512))
+        clients = []
+        for _ in range(4):
+            clients.append(stack.enter_context(server.client()))
+            # So it has its place, before the next one comes.
+            assert clients[-1].ask(READ, 0, 512) == (0, bytes(512))
         yield clients
 
 
