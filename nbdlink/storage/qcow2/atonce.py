@@ -61,7 +61,11 @@ class Places:
         else:
             entry = table.words[offset >> self._bits & self._l2_mask]
         position = entry & self._offset_mask
-        return position + within if position and not entry & self._not_plain else 0
+        if not position or entry & self._not_plain:
+            return 0
+        if self._external and position != offset & ~self._mask:
+            return 0  # damaged: the long way finds the words for it
+        return position + within
 
     def to_overwrite(self, offset: int, length: int) -> int:
         """Give where a range can be overwritten, as only the active tables refer to it; or 0."""

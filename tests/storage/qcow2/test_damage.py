@@ -262,6 +262,20 @@ def test_snapshots_that_share_an_l1_table_are_refused(image):
 
 
 @pytest.mark.parametrize("options", ["data_file=data.raw", "data_file=data.raw,extended_l2=on"])
+def test_a_short_read_of_a_cluster_elsewhere_in_a_data_file_is_an_io_error(options, folder):
+    path = qemu.create(folder / "disk.qcow2", SIZE, options=options)
+    qemu.io(path, "write -P 1 0 1M")
+    place = l2_of(path) + (16 if "extended" in options else 8)
+    patch(path, place, (1 << 63 | 128 * K).to_bytes(8, "big"))
+    storage = Qcow2Storage.open(path)
+    assert read(storage, 0, 512) == b"\1" * 512  # so the table is in memory
+    assert not storage.at_once.read(memoryview(bytearray(512)), 64 * K)
+    with pytest.raises(OSError, match="elsewhere in the data file"):
+        read(storage, 64 * K, 512)
+    storage.close()
+
+
+@pytest.mark.parametrize("options", ["data_file=data.raw", "data_file=data.raw,extended_l2=on"])
 def test_a_cluster_elsewhere_in_a_data_file_is_an_io_error(options, folder):
     path = qemu.create(folder / "disk.qcow2", SIZE, options=options)
     qemu.io(path, "write -P 1 0 1M")
