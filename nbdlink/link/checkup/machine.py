@@ -21,6 +21,7 @@ from nbdlink.link import installation, record
 from nbdlink.link.checkup.clock import examine_clock
 from nbdlink.link.checkup.finding import Finding, failed
 from nbdlink.link.config import files
+from nbdlink.toml.document import CONFIGURATION
 
 _CAP_SYS_ADMIN = 21
 _ALL_USERS = ["0", "0", "4294967295"]
@@ -281,7 +282,7 @@ def _configuration() -> Finding:
     except NBDError as error:
         return failed(check, error)
     if not links:
-        return Finding(check, "ok", f"{files.CONFIGURATION} names no links")
+        return Finding(check, "ok", f"{CONFIGURATION} names no links")
     noun = "link" if len(links) == 1 else "links"
     return Finding(check, "ok", f"{len(links)} {noun}: {', '.join(links)}")
 

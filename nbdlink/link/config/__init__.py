@@ -4,7 +4,7 @@
     settings     the table of keys: what each takes, and where that goes
     configured   one link, made of what was said for it and by default
     nbdtab       nbd-client's file
-    tomllines    in which line a key is
 
-What is wrong is told with the file, the line and the nearest thing that would be right.
+TOML itself is read by `nbdlink/toml/`. What is wrong is told with the file, the line and the
+nearest thing that would be right.
 """

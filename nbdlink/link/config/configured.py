@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from nbdlink.client.security import Security, TLSOptions
 from nbdlink.errors import ConfigError
-from nbdlink.link.config.settings import SETTINGS, Place, Value, Values, at
+from nbdlink.link.config.settings import SETTINGS, Place, Value, Values
 from nbdlink.link.record import check_name
 from nbdlink.link.spec import LinkSpec
+from nbdlink.toml.words import at
 from nbdlink.transport.tlsfiles import CredentialFiles, printable
 from nbdlink.uri import Target
 

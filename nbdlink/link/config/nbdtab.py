@@ -18,7 +18,8 @@ from typing import Final
 
 from nbdlink.errors import ConfigError
 from nbdlink.link.config.configured import ConfiguredLink, configure
-from nbdlink.link.config.settings import Value, at, nearest, read_value
+from nbdlink.link.config.settings import Value, read_value
+from nbdlink.toml.words import at, nearest
 from nbdlink.transport.tlsfiles import printable
 from nbdlink.uri import DEFAULT_PORT, Target
 

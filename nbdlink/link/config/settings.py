@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,7 +17,8 @@ from nbdlink.errors import ConfigError, KernelError
 from nbdlink.link.record import TLS_ROADS
 from nbdlink.link.spec import LinkSpec, check
 from nbdlink.sizes import parse_size
-from nbdlink.transport.tlsfiles import POLICIES, printable
+from nbdlink.toml.words import at, expected
+from nbdlink.transport.tlsfiles import POLICIES
 from nbdlink.uri import Target
 
 Place = Literal["route", "link", "tls", "files"]
@@ -61,45 +61,9 @@ class Setting:
     everywhere: bool = True
 
 
-def at(source: str, error: ConfigError) -> ConfigError:
-    """Give an error that says where it is; options have the names that they have in files."""
-    message, hint = (
-        None if text is None else re.sub(r"--(?=tls)", "", text)
-        for text in (str(error), error.hint)
-    )
-    return ConfigError(f"{printable(source)}: {message}", hint=hint)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Give a hint for a word that is not known."""
-    known = list(known)
-    near = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
-
-
-def _expected(what: str, value: object) -> ConfigError:
-    match value:
-        case bool():
-            said = str(value).lower()
-        case int() if abs(value) >= 1 << 63:
-            said = "a number that large"  # Python refuses to print one of 5000 digits
-        case int() | float():
-            said = f"the number {value}"
-        case str():
-            shown = value if len(value) <= 60 else value[:60] + "..."
-            said = f'the text "{printable(shown)}"'
-        case list():
-            said = "a list"
-        case dict():
-            said = "a table"
-        case _:
-            said = "a date or time"
-    return ConfigError(f"takes {what}, not {said}")
-
-
 def _text(value: Any, _folder: Path, what: str = "a text", *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise _expected(what, value)
+        raise expected(what, value)
     if "\0" in value:
         raise ConfigError(f"takes {what}, and that cannot contain NUL")
     if not value and not empty:
@@ -118,7 +82,7 @@ def _file(value: Any, folder: Path) -> str:
 
 def _switch(value: Any, _folder: Path) -> bool:
     if not isinstance(value, bool):
-        raise _expected("true or false", value)
+        raise expected("true or false", value)
     return value
 
 
@@ -128,7 +92,7 @@ def _ioctl(value: Any, folder: Path) -> str:
 
 def _number(value: Any, _folder: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _expected("a number", value)
+        raise expected("a number", value)
     if abs(value) >= 1 << 63:
         raise ConfigError("takes a number, and not one that large")
     return value
@@ -144,16 +108,16 @@ def _size(value: Any, folder: Path) -> int:
     if isinstance(value, str):
         return parse_size(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _expected('a number of bytes or a size such as "4K"', value)
+        raise expected('a number of bytes or a size such as "4K"', value)
     return _number(value, folder)
 
 
 def _choice(words: tuple[str, ...]) -> Callable[[Any, Path], str]:
-    expected = ", ".join(f'"{word}"' for word in words[:-1]) + f' or "{words[-1]}"'
+    listed = ", ".join(f'"{word}"' for word in words[:-1]) + f' or "{words[-1]}"'
 
     def convert(value: Any, _folder: Path) -> str:
         if value not in words:  # a list is in no tuple of texts
-            raise _expected(expected, value)
+            raise expected(listed, value)
         return str(value)
 
     return convert
@@ -162,7 +126,7 @@ def _choice(words: tuple[str, ...]) -> Callable[[Any, Path], str]:
 def _device(value: Any, folder: Path) -> str:
     text = _text(value, folder, "a device")
     if not re.fullmatch(r"(/dev/)?nbd[0-9]{1,9}", text):
-        raise _expected("a device such as /dev/nbd0", value)
+        raise expected("a device such as /dev/nbd0", value)
     try:
         return f"/dev/nbd{kernel.index_of(text, must_exist=False)}"
     except KernelError as error:
@@ -175,7 +139,7 @@ def _target(value: Any, folder: Path) -> Target:
 
 def _targets(value: Any, folder: Path) -> tuple[Target, ...]:
     if not isinstance(value, list):
-        raise _expected('a list such as ["nbd://store2/data"]', value)
+        raise expected('a list such as ["nbd://store2/data"]', value)
     return tuple(_target(each, folder) for each in value)
 
 

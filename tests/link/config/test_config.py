@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import tomllib
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from nbdlink.errors import ConfigError
 from nbdlink.link.attach import LinkSpec
 from nbdlink.link.config.files import load
 from nbdlink.link.config.settings import SETTINGS
-from nbdlink.link.config.tomllines import find_lines
 from nbdlink.transport.tlsfiles import CredentialFiles
 from nbdlink.uri import Target
 
@@ -448,76 +446,6 @@ def test_nesting_without_an_end(files):
 def test_a_name_cannot_forge_a_line(files):
     message, _ = files.refusal('[link.a]\n"x\\ny" = 1\n')
     assert "\n" not in message
-
-
-# Lines
-
-
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ('[link.a]\ntarget = "h"\n# bad = 1\nbad = 1', 4),
-        ('link.a.target = "h"\nlink.a.bad = 1', 2),
-        ('[link]\na.target = "h"\na.bad = 1', 3),
-        ('[link."a"]\ntarget = "h"\n"bad" = 1', 3),
-        ("[link.'a']\n'bad' = 1", 2),
-        ('["l\\u0069nk".a]\n\n"b\\u0061d" = 1', 3),
-        ('[ link . a ]\ntarget = "h"\nbad  = 1', 3),
-        ('[link]\na = {target = "h", bad = 1}', 2),
-        ('[link.a]\ntarget = """\nbad = 1\n"""\nbad = 1', 5),
-        ("[link.a]\ntarget = '''\nbad = 1\n''''\nbad = 1", 5),
-        ('[link.a]\ntarget = """a"""""\nbad = 1', 3),
-        ('[link.a]\ntarget = """\\"""\nbad = 2\n"""\nbad = 1', 5),
-        ('[link.a]\npaths = [\n  "bad = 1", # ]\n  "]",\n]\nbad = 1', 6),
-        ('[link.a]\r\ntarget = "h"\r\nbad = 1\r\n', 3),
-        ('[link.a] # ["]\ntarget = "h" # "\nbad = 1', 3),
-        ('[export.a]\nbad = 2\n[link.a]\ntarget = "h"\nbad = 1', 5),
-    ],
-)
-def test_the_line_of_a_key(text, line):
-    assert tomllib.loads(text)
-    assert find_lines(text).of("link", "a", "bad") == line
-
-
-def test_the_line_of_a_key_that_is_not_there():
-    assert find_lines("[link.a]").of("export") is None
-
-
-_NASTY = st.sampled_from(
-    [
-        "1",
-        '"# ["',
-        "'\"'",
-        '"\\""',
-        '["]", 1]',
-        "[\n1, # ]\n]",
-        '"""\nk0 = 1\n"""',
-        "'''\n\"\n'''",
-        '"""a"""""',
-        "'''\n''''",
-        '{a = "}"}',
-        "1 # '",
-        '"""\\\n"""',
-        '""',
-        "''''''",
-        "1.5\r\n",
-    ]
-)
-
-
-@given(values=st.lists(st.tuples(_NASTY, st.booleans())))
-def test_the_line_of_any_key(values):
-    text, lines = "", []
-    for number, (value, in_table) in enumerate(values):
-        text += f"[t{number}]\n" if in_table else ""
-        lines.append(text.count("\n") + 1)
-        text += f"k{number} = {value}\n"
-    assert len(tomllib.loads(text)) <= len(values)
-    table = ()
-    found = find_lines(text)
-    for number, (_, in_table) in enumerate(values):
-        table = (f"t{number}",) if in_table else table
-        assert found.of(*table, f"k{number}") == lines[number]
 
 
 # Several files
