@@ -6,28 +6,26 @@ import argparse
 import contextlib
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nbdlink.cli.devices import ServedDevice
+from nbdlink.cli.exports import planned_exports
 from nbdlink.cli.listening import listeners, parse_ports, pid_files
 from nbdlink.cli.objects import add_object_arguments, apply_objects
-from nbdlink.cli.several import (
-    add_several_arguments,
-    check_several,
-    join_sizes,
-    open_one_of_several,
-)
-from nbdlink.cli.storage import add_storage_arguments, further_contexts, storage_spec
+from nbdlink.cli.several import add_several_arguments, join_sizes
+from nbdlink.cli.storage import add_storage_arguments
 from nbdlink.cli.tls import add_server_arguments, server_security
-from nbdlink.errors import ConfigError, StorageError
-from nbdlink.protocol.constants import BITMAP_CONTEXT
+from nbdlink.errors import ConfigError
 from nbdlink.sizes import format_size, parse_seconds
-from nbdlink.uri import DEFAULT_PORT, Target, is_uri
+from nbdlink.uri import DEFAULT_PORT
 
 if TYPE_CHECKING:
-    from nbdlink.server import Catalogue, Service
-    from nbdlink.storage.base import Storage
+    from nbdlink.server import Export, Service
+
+USUAL_FILES = ""
+"""What `--config` alone stands for: /etc/nbdlink.toml and what is in /etc/nbdlink.d."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
@@ -36,8 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add(
         "storage",
         metavar="[NAME=]STORAGE",
-        nargs="+",
+        nargs="*",
         help="an image, a block device, or the URI of another server's export",
+    )
+    add(
+        "--config",
+        metavar="FILE",
+        nargs="?",
+        const=USUAL_FILES,
+        help="serve the exports that are in a TOML file instead, or in /etc/nbdlink.toml and "
+        "/etc/nbdlink.d",
     )
     add(
         "-p",
@@ -65,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
         default=[],
         help="what tells the export's data from other data; may be repeated (by the file)",
     )
-    add("-e", "--shared", metavar="N", type=int, default=0, help="clients at once (0: any number)")
+    add("-e", "--shared", metavar="N", type=int, help="clients at once (0: any number)")
     lifetime = parser.add_mutually_exclusive_group()
     lifetime.add_argument(
         "-t", "--persistent", action="store_true", help="stay when the last client leaves (default)"
@@ -110,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add_several_arguments(parser)
     add_server_arguments(parser)
     add_object_arguments(parser)
-    parser.set_defaults(run=run, announce=True)
+    parser.set_defaults(run=run, announce=True, parser=parser)
 
 
 def prepare(words: list[str]) -> list[str]:
@@ -128,13 +134,25 @@ def run(arguments: argparse.Namespace) -> int:
         log_to_syslog,
         raise_descriptor_limit,
     )
-    from nbdlink.server.mirrors import MirrorControl, mirrors
     from nbdlink.server.notices import Notices
+    from nbdlink.server.offer import Offer
     from nbdlink.transport.activation import inherited_sockets, notify
     from nbdlink.transport.exposition import check_address, serve_metrics
 
+    configuration = None
+    if arguments.config is not None:
+        from nbdlink.cli.serveconfig import ServerConfiguration
+
+        configuration = ServerConfiguration(arguments)
+        arguments = configuration.arguments
+    elif not arguments.storage:
+        raise ConfigError(
+            "there is nothing to serve",
+            hint="name a file or a block device, or say --config to serve what is configured",
+        )
     if arguments.metrics is not None:
         check_address(arguments.metrics)
+    arguments.shared = arguments.shared or 0
     if arguments.shared < 0:
         raise ConfigError("the number of clients cannot be negative", hint="0 is any number")
     apply_objects(arguments, "server")
@@ -152,12 +170,19 @@ def run(arguments: argparse.Namespace) -> int:
             hint="leave them out, or unset LISTEN_FDS",
         )
     background = fork_to_background() if arguments.fork else None
-    own_files = pid_files(arguments, _signatures(arguments).values())
     security = server_security(arguments)
     notices = Notices(arguments.remember_clients) if arguments.remember_clients else None
-    catalogue = _catalogue(arguments)
+    read = None
+    if configuration is None:
+        plans = planned_exports(arguments)
+    else:
+        plans = configuration.plans(security)
+        read = partial(configuration.reread, security)
+    signatures = {plan.signature for plan in plans if plan.signature is not None}
+    own_files = pid_files(arguments, signatures)
+    offer = Offer(plans, read, partial(_beside, arguments, signatures))
     with contextlib.ExitStack() as undo:
-        for storage in catalogue.storages:
+        for storage in offer.storages:
             undo.callback(storage.close)
         if device is not None:
             undo.push(device)
@@ -170,7 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
         log_to_syslog()
 
     service = Service(
-        catalogue,
+        offer.catalogue,
         sockets,
         once=arguments.once or (device is not None and not arguments.persistent),
         shared=arguments.shared,
@@ -181,6 +206,7 @@ def run(arguments: argparse.Namespace) -> int:
         on_fork=detach if background is not None else lambda: None,
         security=security,
         notices=notices,
+        offer=offer,
     )
 
     running = contextlib.ExitStack()
@@ -188,8 +214,8 @@ def run(arguments: argparse.Namespace) -> int:
     def ready() -> None:
         if arguments.metrics is not None:  # in a thread, so after all forks
             running.enter_context(serve_metrics(arguments.metrics, service.metrics))
-        for mirror in mirrors(catalogue).values():
-            running.enter_context(MirrorControl(mirror))
+        running.callback(offer.close)
+        offer.begin()
         for file in own_files:
             file.publish()
         # Who has made the sockets knows where they are, and may want our stdout for itself:
@@ -212,6 +238,30 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         for file in own_files:
             file.remove()
+
+
+@contextlib.contextmanager
+def _beside(arguments: argparse.Namespace, signatures: set[str], export: Export) -> Iterator[None]:
+    """Do what an export needs besides, as long as it is served.
+
+    Args:
+        arguments: the command line.
+        signatures: those that have a pid file; an export that came later adds its own.
+        export: the export.
+    """
+    from nbdlink.server.mirrors import MirrorControl, mirror_of
+
+    with contextlib.ExitStack() as stack:
+        if (mirror := mirror_of(export.storage)) is not None:
+            stack.enter_context(MirrorControl(mirror))
+        signature = export.given_signature
+        if signature is not None and signature not in signatures and arguments.pid_file is None:
+            for file in pid_files(arguments, [signature]):
+                file.publish()
+                stack.callback(file.remove)
+            signatures.add(signature)
+            stack.callback(signatures.discard, signature)
+        yield
 
 
 def _print_uris(service: Service) -> None:
@@ -238,140 +288,3 @@ def _processes(wanted: int | None) -> int:
     processors = len(os.sched_getaffinity(0))
     # Two for each, as they sleep half of the time; more than eight no network feeds.
     return min(2 * processors, 8) - 1 if processors > 1 else 0
-
-
-def _catalogue(arguments: argparse.Namespace) -> Catalogue:
-    """Open every storage, or none."""
-    from nbdlink.server import Catalogue, Export
-    from nbdlink.storage.open import open_storage
-
-    check_several(arguments)
-    several = len(arguments.storage) > 1 and arguments.several is None
-    if several and (arguments.export_name is not None or arguments.description):
-        raise ConfigError(
-            "--export-name and --description are for a single storage",
-            hint="name several as NAME=STORAGE",
-        )
-    if several and arguments.image_opts:
-        raise ConfigError(
-            "--image-opts is for a single storage", hint="serve each by a server of its own"
-        )
-    contexts = further_contexts(arguments)
-    clients = _clients(arguments)
-    signatures = _signatures(arguments)
-    with contextlib.ExitStack() as undo:
-        exports = []
-        for word in arguments.storage if arguments.several is None else ("",):
-            name, path = _split(word, several) if not arguments.image_opts else ("", word)
-            if arguments.export_name is not None:
-                name = arguments.export_name
-            if arguments.several is not None:
-                storage = open_one_of_several(arguments)
-            else:
-                storage = open_storage(storage_spec(arguments, path))
-            undo.callback(storage.close)
-            for context in contexts:
-                if context not in storage.contexts:
-                    raise _no_context(storage, context)
-            exports.append(
-                Export(
-                    name,
-                    storage,
-                    description=arguments.description,
-                    read_only=arguments.read_only,
-                    # A second connection of the one client that is let in would wait for ever.
-                    multi_conn=arguments.shared != 1,
-                    clients=frozenset(clients.get(name, []) + clients.get(None, [])),
-                    given_signature=signatures.get(name),
-                    further_contexts=contexts,
-                )
-            )
-        catalogue = Catalogue(exports)
-        undo.pop_all()
-        return catalogue
-
-
-def _no_context(storage: Storage, context: str) -> StorageError:
-    """Say that a storage lacks what was asked for by `--bitmap` or `--allocation-depth`."""
-    if not context.startswith(BITMAP_CONTEXT):
-        return StorageError(f"{storage.name} cannot tell how deep data lies ({context})")
-    names = [n.removeprefix(BITMAP_CONTEXT) for n in storage.contexts if BITMAP_CONTEXT in n]
-    return StorageError(
-        f"{storage.name} has no bitmap {context.removeprefix(BITMAP_CONTEXT)!r} that can be used",
-        hint=f"it has {', '.join(names)}" if names else "qemu-img info lists what an image has",
-    )
-
-
-def _names(arguments: argparse.Namespace) -> set[str]:
-    """Give the names of all exports."""
-    if arguments.export_name is not None:
-        return {arguments.export_name}
-    if arguments.image_opts or arguments.several is not None:
-        return {""}
-    return {_split(word, len(arguments.storage) > 1)[0] for word in arguments.storage}
-
-
-def _signatures(arguments: argparse.Namespace) -> dict[str, str]:
-    """Tell the signatures of the exports that are given one.
-
-    Raises:
-        ConfigError: an export is given two, or several have to share one.
-    """
-    names = _names(arguments)
-    signatures: dict[str, str] = {}
-    for word in arguments.signature:
-        name, equals, text = word.partition("=")
-        if not equals or name not in names:
-            if len(names) > 1:
-                raise ConfigError(
-                    f"--signature {word} does not say which of the {len(names)} exports it is for",
-                    hint="say NAME=TEXT: each export has other data, and so another signature",
-                )
-            (name,), text = names, word
-        if name in signatures:
-            raise ConfigError(f"two signatures for the export {name!r}", hint="give it one")
-        signatures[name] = text
-    return signatures
-
-
-def _clients(arguments: argparse.Namespace) -> dict[str | None, list[str]]:
-    """Tell who may use which export; those under None may use all.
-
-    Raises:
-        ConfigError: a word begins neither with an export's name nor as a distinguished name.
-    """
-    names = _names(arguments)
-    if arguments.client:
-        from nbdlink.transport.identity import ATTRIBUTES
-    clients: dict[str | None, list[str]] = {}
-    for word in arguments.client:
-        # A distinguished name has "=" in it as well: CN=web1.
-        name, equals, rest = word.partition("=")
-        if equals and name in names and name in ATTRIBUTES:
-            raise ConfigError(
-                f"--client {word}: {name!r} is an export, and the beginning of a "
-                "distinguished name as well",
-                hint="give the export another name",
-            )
-        if equals and name in names and rest:
-            clients.setdefault(name, []).append(rest)
-        elif not equals or name in ATTRIBUTES or name.replace(".", "").isdigit():
-            clients.setdefault(None, []).append(word)
-        else:
-            raise ConfigError(
-                f"--client {word}: there is no export {name!r}",
-                hint="say NAME=DN for one export, or DN for all: CN=web1",
-            )
-    return clients
-
-
-def _split(word: str, several: bool) -> tuple[str, str]:
-    """Tell NAME=STORAGE from a storage; without a name, several are named after their files."""
-    name, equals, path = word.partition("=")
-    if equals and "/" not in name and not is_uri(name):
-        if not path:
-            raise ConfigError(f"{word!r} names no storage", hint="say NAME=PATH")
-        return name, path
-    if is_uri(word):
-        return Target.parse(word).export if several else "", word
-    return Path(word).name if several else "", word

@@ -10,7 +10,8 @@ from nbdlink.errors import ConfigError
 from nbdlink.sizes import parse_size
 
 if TYPE_CHECKING:
-    from nbdlink.storage.base import Storage
+    from nbdlink.storage.composite.opening import Arrangement
+    from nbdlink.storage.open import StorageSpec
 
 
 def add_several_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,15 +75,14 @@ def check_several(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{option.replace('_', '-')} is for a single storage")
 
 
-def open_one_of_several(arguments: argparse.Namespace) -> Storage:
-    """Open the storage that all operands make together.
+def one_of_several(arguments: argparse.Namespace) -> tuple[Arrangement, list[StorageSpec]]:
+    """Give how all operands are put together to one storage, and what each of them is.
 
     Raises:
         ConfigError: the options do not go together.
-        StorageError: a storage cannot be opened, or not in this way.
     """
     from nbdlink.storage.blocksize import BlockSizes
-    from nbdlink.storage.composite.opening import DEFAULT_UNIT, Arrangement, open_several
+    from nbdlink.storage.composite.opening import DEFAULT_UNIT, Arrangement
 
     members: dict[str, Any] = vars(arguments) | {"size": None}
     specs = [storage_spec(argparse.Namespace(**members), word) for word in arguments.storage]
@@ -95,5 +95,4 @@ def open_one_of_several(arguments: argparse.Namespace) -> Storage:
         unit = parse_size(arguments.stripe_unit)
     elif arguments.block_size is not None:
         unit = BlockSizes.parse(arguments.block_size).minimum
-    arrangement = Arrangement(arguments.several, sizes, unit, arguments.degraded)
-    return open_several(arrangement, specs)
+    return Arrangement(arguments.several, sizes, unit, arguments.degraded), specs

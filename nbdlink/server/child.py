@@ -78,6 +78,8 @@ class ChildServer:
                     self._end()
                 elif command == "reload":
                     self._reload()
+                elif command == "release":
+                    self._release(*task)
                 elif command == "supersede":
                     self._supersede(number)
                 elif command == "report":
@@ -128,6 +130,16 @@ class ChildServer:
                 self._security.reload()
         except Exception as error:
             _log.error("the credentials of one process stay as they are: %s", error)
+
+    def _release(self, name: str) -> None:
+        """Close an export's storage: the first process is about to do so, and has the last word."""
+        export = self._catalogue.find(name)
+        assert export is not None
+        self._catalogue.replace(each for each in self._catalogue if each is not export)
+        try:
+            export.storage.close()
+        except OSError as error:
+            _log.error("%s: not closed properly: %s", export.storage.name, error.strerror)
 
     def _begin(
         self,

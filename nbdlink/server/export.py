@@ -164,7 +164,10 @@ class Export:
 
 
 class Catalogue:
-    """The exports of a server, in the order in which they are listed."""
+    """The exports of a server, in the order in which they are listed.
+
+    They may change while others look: `replace` does it at one moment.
+    """
 
     def __init__(self, exports: Iterable[Export]) -> None:
         """Collect the exports.
@@ -172,15 +175,24 @@ class Catalogue:
         Raises:
             ConfigError: there is none, or two have the same name.
         """
-        self._exports: dict[str, Export] = {}
+        self.replace(exports)
+        if not self._exports:
+            raise ConfigError("there is nothing to serve", hint="name a file or a block device")
+
+    def replace(self, exports: Iterable[Export]) -> None:
+        """Have these exports instead, if need be none.
+
+        Raises:
+            ConfigError: two have the same name; all stays as it is.
+        """
+        found: dict[str, Export] = {}
         for export in exports:
-            if export.name in self._exports:
+            if export.name in found:
                 raise ConfigError(
                     f"two exports have the name {export.name!r}", hint="give each its own name"
                 )
-            self._exports[export.name] = export
-        if not self._exports:
-            raise ConfigError("there is nothing to serve", hint="name a file or a block device")
+            found[export.name] = export
+        self._exports = found
 
     def __iter__(self) -> Iterator[Export]:
         return iter(self._exports.values())

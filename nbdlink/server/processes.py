@@ -37,7 +37,7 @@ from nbdlink.errors import NBDError
 from nbdlink.protocol.handshake import Handshake
 from nbdlink.server.child import MESSAGE, REPORT, ChildServer, unfold
 from nbdlink.server.engine import Transmission
-from nbdlink.server.export import Catalogue
+from nbdlink.server.export import Catalogue, Export
 from nbdlink.server.fencing import Admit
 from nbdlink.server.negotiate import NegotiatedSession
 from nbdlink.server.security import ServerSecurity
@@ -84,6 +84,7 @@ class Processes:
         self._catalogue = catalogue
         self._security = security
         self._children: list[_Child] = []
+        self._known: dict[str, Export] = {}  # what the processes have been forked with
         self._here: set[int] = set()  # numbers of the sessions that this process serves
         self._lock = threading.Lock()
         self._reported = threading.Condition()
@@ -122,6 +123,7 @@ class Processes:
         """
         if not any(storage.may_fork for storage in self._catalogue.storages):
             return
+        self._known = {export.name: export for export in self._catalogue}
         # Whoever started us may have it ignored, and then no child could be waited for.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # What is there already will not be looked at, and so not be copied, by any collector.
@@ -156,7 +158,7 @@ class Processes:
             NBDError: the process has died.
         """
         # TLS that OpenSSL does lives in the process where it has begun.
-        may_move = isinstance(session.sock, socket.socket) and negotiated.export.storage.may_fork
+        may_move = isinstance(session.sock, socket.socket) and self._is_known(negotiated.export)
         child = self._choose(session) if may_move else None
         if child is None:
             with self._lock:
@@ -199,12 +201,31 @@ class Processes:
                 and `Transmission.run`.
             NBDError: the process has died.
         """
-        if not all(storage.may_fork for storage in self._catalogue.storages):
+        exports = list(self._catalogue)
+        # There it would find, or miss, what has gone or come since these were forked.
+        if len(exports) != len(self._known) or not all(map(self._is_known, exports)):
             return None
         child = self._choose(session)
         if child is None:
             return None
         return self._serve_there(child, session, "secure", (machine, seconds), begun, admit)
+
+    def _is_known(self, export: Export) -> bool:
+        """Tell whether the other processes can serve an export as it is now."""
+        return export.storage.may_fork and self._known.get(export.name) is export
+
+    def release(self, export: Export) -> None:
+        """Have all processes close an export's storage, which nobody uses any more."""
+        known = self._known.get(export.name)
+        if known is None or known.storage is not export.storage:
+            return
+        del self._known[export.name]
+        for child in self._children:
+            with contextlib.suppress(OSError):
+                child.control.send(pickle.dumps(("release", 0, export.name)))
+        # They do one thing after the other: once they have told, the file is closed everywhere,
+        # and its locks are gone.
+        self.progress()
 
     def forget(self, session: Session) -> None:
         """Take note that a client has gone."""

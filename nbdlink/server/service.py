@@ -40,6 +40,7 @@ from nbdlink.server.export import Catalogue
 from nbdlink.server.fencing import Fences, Refusal
 from nbdlink.server.listeners import Listeners, address_of
 from nbdlink.server.notices import Notices
+from nbdlink.server.offer import Offer
 from nbdlink.server.processes import Processes
 from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Phase, Session, Sessions, most_connections
@@ -94,6 +95,7 @@ class Service:
         on_fork: Callable[[], None] = lambda: None,
         security: ServerSecurity | None = None,
         notices: Notices | None = None,
+        offer: Offer | None = None,
     ) -> None:
         """Prepare a service; nothing is accepted before it starts.
 
@@ -114,6 +116,7 @@ class Service:
             on_fork: called in each of them first.
             security: whether there is TLS, and for whom; None for none.
             notices: who is to be told of a restart; None for nobody.
+            offer: whose the catalogue is, if that may change; None if not.
         """
         self.catalogue = catalogue
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
@@ -121,6 +124,7 @@ class Service:
         self._processes = Processes(processes, catalogue, security)
         self._fences = Fences()
         self._notices = notices
+        self._offer = offer
         self._on_fork = on_fork
         self._security = security
         self._listeners = Listeners(listeners, inherited=inherited)
@@ -188,8 +192,9 @@ class Service:
     ) -> int:
         """Serve in the main thread until SIGTERM or SIGINT; give the exit status.
 
-        SIGHUP loads the credentials anew and renews connections (see `renew`); to a server without
-        TLS that was started in a terminal it says that the terminal is closed, and ends it.
+        SIGHUP has it read anew what it was told in files, and renews connections (see `renew`). To
+        a server without any files that was started in a terminal it says that the terminal is
+        closed, and ends it.
 
         A second signal breaks off what the first lets finish. The status is 0 after a
         graceful end, and 1 if it was broken off or something could not be made durable.
@@ -209,7 +214,9 @@ class Service:
             os.write(self._finished, b"\0")
 
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if self._security or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        may_change = self._offer is not None and self._offer.may_change
+        has_files = may_change or self._security is not None
+        if has_files or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
             numbers.append(signal.SIGHUP)
         finished, self._finished = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(finished, True)
@@ -228,7 +235,7 @@ class Service:
                 self.join()
                 raise
             # Who goes to the background does so in `ready`, with a session of its own.
-            is_attended = self._security is None and has_terminal and os.getsid(0) == session
+            is_attended = not has_files and has_terminal and os.getsid(0) == session
             # One read may be rung for by several at once: look at everything each time.
             while not self._done:
                 os.read(finished, 4096)
@@ -258,13 +265,15 @@ class Service:
                 os.close(self._finished)
 
     def renew(self) -> None:
-        """Load the credentials anew, and have clients connect again that can.
+        """Load credentials and exports anew, and have clients connect again that can.
 
         These are the ones that have asked to be told when the server is back, so that somebody
         looks after them: they are let go once what they have asked for is answered.
         """
         if self._security is not None:
             self._reload()
+        if self._offer is not None:
+            self._offer.renew(self.sessions, self._processes.release)
         if count := self.sessions.renew():
             _log.warning("%d connections are to be renewed", count)
 
@@ -454,6 +463,7 @@ class Service:
                 with contextlib.suppress(OSError):  # the kernel does not announce the end
                     session.sock.shutdown(socket.SHUT_WR)
             session.sock.close()
+            self._close_unused()
 
     def _converse(self, session: Session) -> None:
         how = None
@@ -515,6 +525,11 @@ class Service:
         self.sessions.begin_transmission(session, export)
         _log.info("%s: connected to export %r", session.peer, export)
 
+    def _close_unused(self) -> None:
+        """Close the exports that were withdrawn, and that nobody uses any more."""
+        if self._offer is not None and not self._stopping:
+            self._offer.let_go(self.sessions, self._processes.release)
+
     # The end.
 
     def _begin_process(self) -> None:
@@ -544,7 +559,7 @@ class Service:
                 self._notices.close()
 
     def _close_storages(self, *, in_use: bool) -> None:
-        for storage in self.catalogue.storages:
+        for storage in (self._offer or self.catalogue).storages:
             failed = False
             try:
                 if not self._aborting:

@@ -303,6 +303,27 @@ class Sessions:
         count = len(self._active)
         return count < self.bound and (not self.limit or self.ending or count < self.limit)
 
+    @property
+    def newest(self) -> int:
+        """The number of the client that came last."""
+        return self._number
+
+    def may_use(self, export: str, newest: int) -> bool:
+        """Tell whether anybody uses an export that was withdrawn, or may be about to.
+
+        Args:
+            export: its name.
+            newest: the number of the last client that may have found it: who was in the handshake
+                then may have been told already that it can have it.
+        """
+        with self._changed:
+            return any(
+                session.export == export
+                if session.phase is Phase.TRANSMISSION
+                else session.number <= newest
+                for session in self._active.values()
+            )
+
     def in_transmission(self) -> int:
         """Give how many clients have come to transmission."""
         with self._changed:
