@@ -146,7 +146,8 @@ class ServerConfiguration:
         parser: argparse.ArgumentParser = arguments.parser
         for name in _OF_ONE_EXPORT:
             if getattr(arguments, name) not in (parser.get_default(name), []):
-                said = "a STORAGE" if name == "storage" else f"--{name.replace('_', '-')}"
+                option = arguments.several if name == "several" else name.replace("_", "-")
+                said = "a STORAGE" if name == "storage" else f"--{option}"
                 raise ConfigError(
                     f"{said} and --config: the exports are in the configuration",
                     hint="say it there, in [export.NAME], or leave --config out",

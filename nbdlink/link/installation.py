@@ -52,7 +52,7 @@ _UNIT_PATH: Final = tuple(
     f"{top}/systemd/system" for top in ("etc", "run", "usr/local/lib", "lib", "usr/lib")
 )
 _STARTED = re.compile(
-    r"^(Exec(?:Start|Stop)=)(\"[^\"]+\"|\S+)(?= (?:supervise|attach|detach)\b)", re.M
+    r"^(Exec(?:Start|Stop)=)(\"[^\"]+\"|\S+)(?= (?:supervise|attach|detach|serve)\b)", re.M
 )
 
 

@@ -188,16 +188,17 @@ class Offer:
         self._withdraw(plans.keys(), sessions)
         self.let_go(sessions, release)
         exports = {export.name: export for export in self.catalogue}
+        news: list[str] = []
         for plan in plans.values():
             try:
-                export = self._follow(plan, exports.get(plan.name))
+                exports[plan.name] = self._follow(plan, exports.get(plan.name), news)
             except NBDError as error:
                 where = f"{plan.source}: " if plan.source else ""
                 _log.error("%sexport %r: %s", where, plan.name, _sentence(error))
-            else:
-                exports[plan.name] = export
         # In the order of the configuration, which is the one in which they are listed.
         self.catalogue.replace(exports[name] for name in plans if name in exports)
+        for words in news:
+            _log.warning("%s", words)
 
     def _withdraw(self, wanted: Iterable[str], sessions: Sessions) -> None:
         gone = self._plans.keys() - wanted
@@ -211,8 +212,13 @@ class Offer:
                     self._withdrawn[export.name] = _Withdrawn(plan, export, newest)
                 _log.warning("export %r is not offered any more", export.name)
 
-    def _follow(self, plan: ExportPlan, export: Export | None) -> Export:
+    def _follow(self, plan: ExportPlan, export: Export | None, news: list[str]) -> Export:
         """Give the export of a plan, which may be there already.
+
+        Args:
+            plan: what there shall be.
+            export: the one of that name, if there is one.
+            news: what is new, to be told when it is so.
 
         Raises:
             NBDError: it stays as it is, or is not to be had.
@@ -221,7 +227,14 @@ class Offer:
         if export is not None and before == plan:
             return export
         if before is None:
-            return self._come_back(plan) or self._add(plan)
+            export = self._come_back(plan)
+            if export is not None:
+                news.append(f"export {plan.name!r} is offered again")
+                return export
+            export = self._add(plan)
+            size = format_size(export.size)
+            news.append(f"export {plan.name!r} is offered now: {export.storage.name} ({size})")
+            return export
         assert export is not None
         if before.storage != plan.storage:
             raise StorageError(
@@ -230,7 +243,7 @@ class Offer:
             )
         changed = plan.make(export.storage)
         self._plans[plan.name] = plan
-        _log.warning("export %r has changed for those who come from now on", plan.name)
+        news.append(f"export {plan.name!r} has changed for those who come from now on")
         return changed
 
     def _come_back(self, plan: ExportPlan) -> Export | None:
@@ -248,7 +261,6 @@ class Offer:
             export = withdrawn.export if same else plan.make(withdrawn.export.storage)
             del self._withdrawn[plan.name]
         self._plans[plan.name] = plan
-        _log.warning("export %r is offered again", plan.name)
         return export
 
     def _add(self, plan: ExportPlan) -> Export:
@@ -259,12 +271,6 @@ class Offer:
             export.storage.close()
             raise
         self._plans[plan.name] = plan
-        _log.warning(
-            "export %r is offered now: %s (%s)",
-            plan.name,
-            export.storage.name,
-            format_size(export.size),
-        )
         return export
 
     def _accompany(self, export: Export) -> None:

@@ -86,7 +86,12 @@ def test_a_second_time_changes_nothing(tmp_path):
 def test_another_program_updates_the_units_that_start_it(tmp_path):
     install(tmp_path)
     updated = {Path(c.path).name for c in install(tmp_path, "/x/nbdlink") if c.action == "updated"}
-    assert updated == {"nbdlink.service", "nbdlink@.service", "nbdlink-supervise@.service"}
+    assert updated == {
+        "nbdlink.service",
+        "nbdlink@.service",
+        "nbdlink-supervise@.service",
+        "nbdlink-serve.service",
+    }
 
 
 def test_undo_leaves_an_empty_root(tmp_path):

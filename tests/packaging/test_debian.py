@@ -62,7 +62,10 @@ def test_links_are_left_alone_by_an_upgrade(package, tmp_path):
     """Look at the scripts: a stop of one of these units would detach devices."""
     subprocess.run(["dpkg-deb", "--control", package[0], tmp_path], check=True)
     scripts = "".join(path.read_text() for path in tmp_path.glob("p*"))
-    assert set(re.findall(r"nbdlink\S*\.service", scripts)) == {"nbdlink.service"}
+    assert set(re.findall(r"nbdlink\S*\.service", scripts)) == {
+        "nbdlink.service",
+        "nbdlink-serve.service",
+    }
 
 
 def nbdlink(unpacked, *words, **options):

@@ -131,6 +131,27 @@ def test_doctor_finds_rules_and_units(guest):
     assert "the udev rules and units are those of this nbdlink" in said
 
 
+def test_a_server_is_a_service_too(guest):
+    guest.check("truncate -s 8M /srv/own.img")
+    guest.check("mkdir -p /etc/nbdlink.d")
+    guest.check("printf '[server]\\nport = 10900\\n' >/etc/nbdlink.d/serve.toml")
+    guest.check("printf '[export.own]\\nstorage = \"/srv/own.img\"\\n' >>/etc/nbdlink.d/serve.toml")
+    guest.check("systemctl start nbdlink-serve")
+    assert guest.check("nbdinfo --size nbd://localhost:10900/own") == "8388608\n"
+
+
+def test_its_reload_adds_an_export(guest):
+    guest.check("truncate -s 4M /srv/more.img")
+    guest.check("printf '[export.more]\\nstorage = \"/srv/more.img\"\\n' >/etc/nbdlink.d/z.toml")
+    guest.check("systemctl reload nbdlink-serve")
+    guest.until("nbdinfo --size nbd://localhost:10900/more")
+
+
+def test_its_stop_is_a_graceful_one(guest):
+    guest.check("systemctl stop nbdlink-serve && rm -r /etc/nbdlink.d")
+    assert guest.check("systemctl show -P Result nbdlink-serve") == "success\n"
+
+
 def test_undo_refuses_while_a_unit_is_enabled(guest):
     guest.check("systemctl enable nbdlink@my-disk")
     done = guest.run("nbdlink setup --undo")

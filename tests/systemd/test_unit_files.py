@@ -43,6 +43,6 @@ def test_it_is_hardened(installed, name):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("name", SERVICES)
+@pytest.mark.parametrize("name", [name for name in SERVICES if name != "nbdlink-serve.service"])
 def test_relays_outlive_it(installed, name):
     assert "\nKillMode=process\n" in (installed / name).read_text()
