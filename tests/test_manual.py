@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nbdlink.cli.main import VERBS, build_parser
+from nbdlink.cli.serveconfig import EXPORT_KEYS, OWN_KEYS, SERVER_KEYS
 from nbdlink.link.config.settings import SETTINGS
 
 MAN = Path(__file__).parents[1] / "man"
@@ -135,10 +136,14 @@ def test_every_page_of_a_verb_has_its_verb():
     assert pages == {f"nbdlink-{verb}.8" for verb in VERBS}
 
 
-def test_every_key_of_a_link_is_described():
-    keys = section((MAN / "nbdlink.toml.5").read_text(), "KEYS")
-    found = set(re.findall(r"[a-z][a-z-]+", " ".join(re.findall(r"^\.It Li (.*?) No", keys, re.M))))
-    assert found == set(SETTINGS)
+@pytest.mark.parametrize(
+    ("title", "keys"),
+    [("KEYS", SETTINGS), ("EXPORTS", (*OWN_KEYS, *EXPORT_KEYS)), ("SERVER", SERVER_KEYS)],
+)
+def test_every_key_of_a_file_is_described(title, keys):
+    text = section((MAN / "nbdlink.toml.5").read_text(), title)
+    items = " ".join(re.findall(r"^\.It Li (.*?) No", text, re.M))
+    assert set(re.findall(r"[a-z][a-z-]+", items)) == set(keys)
 
 
 def test_every_reference_leads_to_a_page():
