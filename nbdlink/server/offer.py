@@ -137,7 +137,9 @@ class Offer:
         self._beside = beside or contextlib.nullcontext
         self._company: dict[str, contextlib.ExitStack] = {}
         self._withdrawn: dict[str, _Withdrawn] = {}
-        self._lock = threading.Lock()
+        # Held by whoever has exports come, change or go, to the end of it: in between, a storage
+        # may be in no list, and whoever closes them all would miss it.
+        self._lock = threading.RLock()
         with contextlib.ExitStack() as undo:
             exports = open_exports(plans)
             for export in exports:
@@ -155,7 +157,7 @@ class Offer:
         """Every storage that is open, those of withdrawn exports too."""
         with self._lock:
             leaving = [withdrawn.export.storage for withdrawn in self._withdrawn.values()]
-        return self.catalogue.storages + leaving
+            return self.catalogue.storages + leaving
 
     def begin(self) -> None:
         """Have what is beside the exports begin, once the service has done its forks.
@@ -185,6 +187,16 @@ class Offer:
         except NBDError as error:
             _log.error("the exports stay as they are: %s", _sentence(error))
             return
+        with self._lock:
+            self._follow_all(plans, sessions, release)
+
+    def _follow_all(
+        self,
+        plans: Mapping[str, ExportPlan],
+        sessions: Sessions,
+        release: Callable[[Export], None],
+    ) -> None:
+        """Have the exports that are planned, as far as that can be; the lock is held."""
         self._withdraw(plans.keys(), sessions)
         self.let_go(sessions, release)
         exports = {export.name: export for export in self.catalogue}
@@ -208,8 +220,7 @@ class Offer:
         for export in exports:
             if export.name in gone:
                 plan = self._plans.pop(export.name)
-                with self._lock:
-                    self._withdrawn[export.name] = _Withdrawn(plan, export, newest)
+                self._withdrawn[export.name] = _Withdrawn(plan, export, newest)
                 _log.warning("export %r is not offered any more", export.name)
 
     def _follow(self, plan: ExportPlan, export: Export | None, news: list[str]) -> Export:
@@ -248,18 +259,17 @@ class Offer:
 
     def _come_back(self, plan: ExportPlan) -> Export | None:
         """Give an export back that was withdrawn and is still open; None if there is none."""
-        with self._lock:
-            withdrawn = self._withdrawn.get(plan.name)
-            if withdrawn is None:
-                return None
-            if withdrawn.plan.storage != plan.storage:
-                raise StorageError(
-                    "clients still use what had this name before",
-                    hint="when they have left, send SIGHUP once more",
-                )
-            same = withdrawn.plan == plan
-            export = withdrawn.export if same else plan.make(withdrawn.export.storage)
-            del self._withdrawn[plan.name]
+        withdrawn = self._withdrawn.get(plan.name)
+        if withdrawn is None:
+            return None
+        if withdrawn.plan.storage != plan.storage:
+            raise StorageError(
+                "clients still use what had this name before",
+                hint="when they have left, send SIGHUP once more",
+            )
+        same = withdrawn.plan == plan
+        export = withdrawn.export if same else plan.make(withdrawn.export.storage)
+        del self._withdrawn[plan.name]
         self._plans[plan.name] = plan
         return export
 
@@ -294,7 +304,6 @@ class Offer:
                 if not sessions.may_use(name, withdrawn.newest)
             ]
             for withdrawn in unused:
-                # Whoever closes all storages at the end must find it here or closed.
                 self._close(withdrawn.export, release)
                 del self._withdrawn[withdrawn.export.name]
 

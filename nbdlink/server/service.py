@@ -272,7 +272,7 @@ class Service:
         """
         if self._security is not None:
             self._reload()
-        if self._offer is not None:
+        if self._offer is not None and not self._stopping:
             self._offer.renew(self.sessions, self._processes.release)
         if count := self.sessions.renew():
             _log.warning("%d connections are to be renewed", count)
