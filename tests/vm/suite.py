@@ -5,9 +5,8 @@
 
 Those marked `systemd` run here and boot virtual machines themselves.
 
-The machines run side by side, as each keeps about one processor busy: the first one streams
-what pytest prints, the others show it when they are done. Each part leaves a JUnit file in the
-results folder.
+Two parts run at a time, as each keeps about one processor busy. What they print is shown part by
+part, as it comes if it is their turn. Each part leaves a JUnit file in the results folder.
 
 The last line counts all of them: "N passed, N failed, N skipped". A part that ended badly
 without a failed test (the machine died, no test ran) counts as one failure. A part that cannot
@@ -18,13 +17,15 @@ failure.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import os
 import re
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,9 @@ _SPREAD = (("test_faults.py", "test_documents.py"), ("test_renew.py", "test_supe
 """Tests that take many minutes under emulation, in parts that take as long: of several kernels
 each runs one. What depends on the kernel's version in them is the rest's business."""
 _GUEST_SECONDS = 2700.0
+_AT_A_TIME = 2
+_GLANCE = 0.5
+"""Seconds between two looks at whether a part has printed something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,43 +103,67 @@ def with_systemd(series: str, results: Path, arguments: Sequence[str]) -> Counts
     return _judged("systemd", report, done.returncode)
 
 
-@dataclass(frozen=True, slots=True)
 class _Aside:
-    """Tests that run in a process of their own, for this one to wait for."""
+    """A part that runs in a process of its own, for this one to follow."""
 
-    name: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    closing_line: Path
+    def __init__(self, words: Sequence[str], results: Path, arguments: Sequence[str]) -> None:
+        """Plan the part that `words` name on the command line of this program."""
+        self.name = " ".join(words).removeprefix("--")
+        results.mkdir(parents=True, exist_ok=True)
+        stem = results / self.name.replace(" ", "-")
+        self._log, self._closing_line = stem.with_suffix(".log"), stem.with_suffix(".counts")
+        # What one that dies leaves empty says the right thing, too.
+        for path in (self._log, self._closing_line):
+            path.write_text("")
+        self._command = ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m"]
+        self._command += [__spec__.name, *words, "--results", str(results)]
+        self._command += ["--closing-line", str(self._closing_line), "--", *arguments]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_over = threading.Event()
 
-    def counts(self) -> Counts:
-        with show.waiting(f"{self.name} is still at it"):
-            self.process.wait()
-        sys.stdout.flush()
-        sys.stdout.buffer.write(self.log.read_bytes())
-        sys.stdout.flush()
-        # What it leaves empty when it dies says the right thing, too.
-        return Counts.parse(self.closing_line.read_text())
-
-
-@contextlib.contextmanager
-def _aside(kind: str, series: str, results: Path, arguments: Sequence[str]) -> Iterator[_Aside]:
-    results.mkdir(parents=True, exist_ok=True)
-    closing_line = results / f"{kind}-{series}.counts"
-    closing_line.write_text("")
-    log = results / f"{kind}-{series}.log"
-    command = ["setpriv", "--pdeathsig", "TERM", "--", sys.executable, "-m", __spec__.name]
-    command += [f"--{kind}", series, "--results", str(results), "--closing-line", str(closing_line)]
-    with (
-        log.open("wb") as sink,
-        subprocess.Popen(
-            [*command, "--", *arguments], stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
-        ) as process,
-    ):
+    def run(self) -> None:
+        """Run it to its end, in a thread of its own."""
+        show.say(f"tests: {self.name}")
         try:
-            yield _Aside(f"{kind} {series}", process, log, closing_line)
+            with self._log.open("wb") as sink:
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+                )
+                self._process.wait()
         finally:
-            process.terminate()
+            self._is_over.set()
+
+    def follow(self) -> Counts:
+        """Show what it prints, as it comes, until it is over."""
+        with self._log.open("rb") as source:
+            is_over = False
+            while not is_over:
+                is_over = self._is_over.wait(_GLANCE)  # before the last look
+                sys.stdout.buffer.write(source.read())
+                sys.stdout.flush()
+        return Counts.parse(self._closing_line.read_text())
+
+    def end(self) -> None:
+        """Have it end, if it still runs."""
+        if self._process is not None:
+            self._process.terminate()
+
+
+def _side_by_side(parts: Sequence[_Aside]) -> dict[str, Counts]:
+    """Run all parts, some at a time; give how each of them ended."""
+    with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
+        running = [pool.submit(part.run) for part in parts]
+        try:
+            counts = {}
+            for part in parts:
+                show.say(f"this is {part.name}:")
+                counts[part.name] = part.follow()
+            return counts
+        finally:
+            for future in running:
+                future.cancel()
+            for part in parts:
+                part.end()
 
 
 def _prepare(series: Sequence[str]) -> None:
@@ -217,31 +245,26 @@ def main() -> int:
     parts: dict[str, Counts] = {}
 
     def run() -> int:
-        machines = [
-            ("kernel", series, [*options.arguments, *_left_to_others(series, options.kernel)])
-            for series in options.kernel
-        ]
-        systemd = [("systemd", options.systemd, options.arguments)] if options.systemd else []
-        if len(machines) + len(systemd) > 1:
-            _prepare([series for _, series, _ in (*machines, *systemd)])
-        with contextlib.ExitStack() as stack:
-
-            def start(kind: str, series: str, arguments: Sequence[str]) -> _Aside:
-                show.say(f"tests under {kind} {series}")
-                return stack.enter_context(_aside(kind, series, options.results, arguments))
-
+        results, arguments = options.results, options.arguments
+        systemd = [options.systemd] if options.systemd else []
+        if options.host + len(systemd) + len(options.kernel) > 1:
+            _prepare([*options.kernel, *systemd])
+            if sys.stdout.isatty():  # which none of the parts can see
+                arguments = ["--color=yes", *arguments]
+            asides = [_Aside(["--host"], results, arguments)] if options.host else []
             # Its machines are switched on and off all the time, and leave room for the host's.
-            asides = [start(*each) for each in systemd if options.host or machines]
-            if options.host:
-                show.say("tests on this machine")
-                parts["host"] = on_host(options.results, options.arguments)
-            asides += [start(*each) for each in machines[1:]]
-            for kind, series, arguments in (machines or ([] if asides else systemd))[:1]:
-                show.say(f"tests under {kind} {series}")
-                here = in_guest if kind == "kernel" else with_systemd
-                parts[f"{kind} {series}"] = here(series, options.results, arguments)
-            for aside in asides:
-                parts[aside.name] = aside.counts()
+            asides += [_Aside(["--systemd", series], results, arguments) for series in systemd]
+            for series in options.kernel:
+                others = _left_to_others(series, options.kernel)
+                asides.append(_Aside(["--kernel", series], results, [*arguments, *others]))
+            parts.update(_side_by_side(asides))
+        elif options.host:
+            parts["host"] = on_host(results, arguments)
+        elif systemd:
+            parts[f"systemd {options.systemd}"] = with_systemd(options.systemd, results, arguments)
+        else:
+            (series,) = options.kernel
+            parts[f"kernel {series}"] = in_guest(series, results, arguments)
         return 0
 
     status = program.reported(run)
