@@ -16,9 +16,7 @@ whatever the first is waiting for.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import functools
 import logging
 import math
 import os
@@ -31,21 +29,15 @@ from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from nbdlink.errors import NBDError, RemoteProtocolError, TLSError, TransportError
-from nbdlink.protocol.claim import Claim
-from nbdlink.protocol.handshake import Handshake
-from nbdlink.server import handshake, negotiate
-from nbdlink.server.engine import DISCONNECTED
+from nbdlink.server.conversation import Conversations
 from nbdlink.server.export import Catalogue
-from nbdlink.server.fencing import Fences, Refusal
+from nbdlink.server.handshake import DEFAULT_TIMEOUT
 from nbdlink.server.listeners import Listeners, address_of
 from nbdlink.server.notices import Notices
 from nbdlink.server.offer import Offer
 from nbdlink.server.processes import Processes
 from nbdlink.server.security import ServerSecurity
 from nbdlink.server.sessions import Phase, Session, Sessions, most_connections
-from nbdlink.transport import stream
-from nbdlink.transport.stream import Deadline
 from nbdlink.uri import Target
 
 if TYPE_CHECKING:
@@ -87,7 +79,7 @@ class Service:
         *,
         once: bool = False,
         shared: int = 0,
-        negotiation_timeout: float = handshake.DEFAULT_TIMEOUT,
+        negotiation_timeout: float = DEFAULT_TIMEOUT,
         grace: float = DEFAULT_GRACE,
         inherited: bool = False,
         on_stopping: Callable[[], None] = lambda: None,
@@ -122,15 +114,22 @@ class Service:
         self.sessions = Sessions(shared, bound=most_connections(), on_removed=self._wake_up)
         self.addresses = [address_of(sock) for sock in listeners]
         self._processes = Processes(processes, catalogue, security)
-        self._fences = Fences()
+        self._conversations = Conversations(
+            catalogue,
+            self.sessions,
+            self._processes,
+            security=security,
+            notices=notices,
+            negotiation_timeout=negotiation_timeout,
+            is_closing=lambda: self._stopping,
+            on_left=self._left,
+        )
         self._notices = notices
         self._offer = offer
         self._on_fork = on_fork
         self._security = security
         self._listeners = Listeners(listeners, inherited=inherited)
         self._once = once
-        self._served = False
-        self._negotiation_timeout = negotiation_timeout
         self._grace = grace
         self._grace_ends = math.inf
         self._on_stopping = on_stopping
@@ -363,7 +362,7 @@ class Service:
                     self._paused_until = 0.0  # somebody left, so there may be descriptors
                 elif isinstance(key.fileobj, socket.socket) and self.sessions.has_room():
                     self._accept_one(key.fileobj)
-            if self._once and self._served and not len(self.sessions):
+            if self._once and self._conversations.any_served and not len(self.sessions):
                 _log.info("the last client has gone")
                 self._stopping = True
 
@@ -380,7 +379,7 @@ class Service:
             self._grace_ends = time.monotonic() + self._grace
             self.sessions.end()
             self._processes.end()
-            self._fences.close()
+            self._conversations.fences.close()
             self._on_stopping()
 
     def _make_room(self, newcomer: Session) -> None:
@@ -409,7 +408,10 @@ class Service:
             return
         session = self.sessions.add(sock)
         thread = threading.Thread(
-            target=self._serve, args=(session,), name=f"nbd-session-{session.number}", daemon=True
+            target=self._conversations.hold,
+            args=(session,),
+            name=f"nbd-session-{session.number}",
+            daemon=True,
         )
         session.thread = thread
         try:
@@ -422,110 +424,7 @@ class Service:
         if len(self.sessions) >= self.sessions.bound:
             self._make_room(session)
 
-    # One client, in a thread of its own.
-
-    def _serve(self, session: Session) -> None:
-        try:
-            self._converse(session)
-        except RemoteProtocolError as error:
-            _log.warning("%s: hung up on: %s", session.peer, error)
-            if session.phase is Phase.TRANSMISSION:
-                session.take_leave()  # there may be an answer under way that tells why
-        except TransportError as error:
-            where = "" if session.phase is Phase.TRANSMISSION else " in the handshake"
-            _log.info("%s: lost%s: %s", session.peer, where, error)
-        except TLSError as error:
-            did = "hung up" if session.phase is Phase.TRANSMISSION else "refused"
-            _log.warning("%s: %s: %s", session.peer, did, error)
-            if session.is_bare:
-                # A client's first option may come already. Were it left unread, a reset would
-                # overtake the alert, and the client never learn what is wrong.
-                session.take_leave()
-        except NBDError as error:
-            _log.error("%s: hung up: %s", session.peer, error)
-        except OSError as error:
-            _log.debug("%s: lost: %s", session.peer, error.strerror or error)
-        except Exception as error:
-            # A bug, here or in a storage, costs this client its connection and nobody else's.
-            _log.error(
-                "%s: hung up: unexpected %s: %s",
-                session.peer,
-                type(error).__name__,
-                error,
-                exc_info=_log.isEnabledFor(logging.DEBUG),
-            )
-        finally:
-            if session.phase is Phase.TRANSMISSION:
-                self._served = True
-            self._processes.forget(session)
-            self.sessions.remove(session)
-            if not session.is_bare:
-                with contextlib.suppress(OSError):  # the kernel does not announce the end
-                    session.sock.shutdown(socket.SHUT_WR)
-            session.sock.close()
-            self._close_unused()
-
-    def _converse(self, session: Session) -> None:
-        how = None
-        try:
-            how = self._negotiate_and_serve(session)
-        except (RemoteProtocolError, TLSError):
-            session.refused = session.phase is Phase.HANDSHAKE
-            raise
-        finally:
-            # Nothing of it can reach the storage any more.
-            self._fences.release(session)
-            if self._notices:
-                self._notices.left(session, properly=how == DISCONNECTED)
-        if not how:
-            _log.debug("%s: left without choosing an export", session.peer)
-            return
-        _log.info("%s: %s after %d requests", session.peer, how, session.progress[0])
-        if session.ending:
-            session.take_leave()
-
-    def _negotiate_and_serve(self, session: Session) -> str | None:
-        """Give the words for how the client left; none if it chose no export."""
-        assert isinstance(session.sock, socket.socket)
-        stream.tune(session.sock)
-        deadline = Deadline(self._negotiation_timeout)
-        how: str | None = None
-
-        def admit(export: str, claim: Claim) -> Refusal | None:
-            left = 0.0
-            with contextlib.suppress(TimeoutError):
-                left = deadline.left() or 0.0
-            refusal = self._fences.admit(session, export, claim, left)
-            session.is_supervised = claim.notice is not None
-            if self._notices and refusal is None:
-                self._notices.arrived(session, claim)
-            return refusal
-
-        negotiation = negotiate.Negotiation(
-            self.catalogue, lambda: self._stopping, self._security, admit=admit
-        )
-
-        def move(machine: Handshake) -> bool:
-            nonlocal how
-            try:
-                left = deadline.left()
-            except TimeoutError:
-                return False  # which is found out and told there
-            begun = functools.partial(self._begin_transmission, session)
-            how = self._processes.secure(session, machine, left, begun, admit)
-            return how is not None
-
-        negotiated = handshake.negotiate(session, negotiation, deadline, move)
-        if negotiated is not None:
-            self._begin_transmission(session, negotiated.export.name)
-            how = self._processes.serve(session, negotiated)
-        return how
-
-    def _begin_transmission(self, session: Session, export: str) -> None:
-        self.sessions.begin_transmission(session, export)
-        _log.info("%s: connected to export %r", session.peer, export)
-
-    def _close_unused(self) -> None:
+    def _left(self) -> None:
         """Close the exports that were withdrawn, and that nobody uses any more."""
         if self._offer is not None and not self._stopping:
             self._offer.let_go(self.sessions, self._processes.release)

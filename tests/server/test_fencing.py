@@ -410,7 +410,7 @@ def test_only_who_may_use_the_export_can_claim(tmp_path, storage, connect):
         client = introduced(connect(service))
         query = meta_query(b"", Claim(SESSION, 0, 1).query)
         assert client.option(OPT_LIST_META_CONTEXT, query)[-1][0] == ERR_POLICY
-        assert not len(service._fences)
+        assert not len(service._conversations.fences)
 
 
 # Several at once.
@@ -432,7 +432,7 @@ def _waiting(service, eventually, generation):
     """Wait until somebody waits for the channel."""
 
     def is_there():
-        (channel,) = service._fences._channels.values()
+        (channel,) = service._conversations.fences._channels.values()
         return channel.candidate is not None and channel.candidate.generation == generation
 
     eventually(is_there)
@@ -452,7 +452,7 @@ def _trying(client, generation):
 def test_of_two_successors_the_newer_one_is_served(held_up, storage, connect, eventually, second):
     first = _trying(connect(held_up), 1)
     _waiting(held_up, eventually, 1)
-    (channel,) = held_up._fences._channels.values()
+    (channel,) = held_up._conversations.fences._channels.values()
     candidate = channel.candidate
     winner = _trying(connect(held_up), second)
     eventually(lambda: channel.candidate is not candidate)
