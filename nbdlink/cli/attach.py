@@ -57,7 +57,7 @@ def _add_attach(parser: argparse.ArgumentParser) -> None:
     add("--no-wait", action="store_true", help="do not wait for the partitions")
     add("--json", action="store_true", help="print the device as JSON")
     add_client_arguments(parser, road=True)
-    parser.set_defaults(run=run_attach)
+    parser.set_defaults(run=run_attach, instead={})
 
 
 def _add_detach(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +184,9 @@ def _configured(arguments: argparse.Namespace) -> LinkSpec:
             hint="name a TARGET, or say [link.NAME] in /etc/nbdlink.toml",
         )
     device = arguments.device or link.spec.device
-    return replace(link.spec, device=device, wait=None if arguments.no_wait else 30.0)
+    wait = None if arguments.no_wait else 30.0
+    # What nbd-client's command line can say of a line of nbdtab, which has no words for it.
+    return replace(link.spec, **{"device": device, "wait": wait} | arguments.instead)
 
 
 def run_detach(arguments: argparse.Namespace) -> int:

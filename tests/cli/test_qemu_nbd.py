@@ -215,6 +215,9 @@ def test_its_defaults_are_qemu_nbds():
         ("-e 0 -t x", {"shared": 0, "persistent": True, "once": False}),
         ("x -o 1M -D words", {"offset": "1M", "description": "words"}),
         ("-k /s x", {"socket": "/s", "bind": []}),
+        ("-k /s -p 1 -b ::1 x", {"socket": "/s", "bind": [], "port": None}),
+        ("-fraw -k/s -xfoo -rt -e5 x", {"format": "raw", "shared": 5, "read_only": True}),
+        ("--aio io_uring x", {"aio": "threads"}),
         ("--cache=unsafe --discard=unmap x", {"cache": "unsafe", "discard": "unmap"}),
         ("-c /dev/nbd3 -v x", {"attach": "/dev/nbd3", "fork": False}),
         ("a=b", {"storage": ["./a=b"]}),
@@ -242,8 +245,7 @@ def test_each_option_becomes_one_of_serve(typed, understood):
         ("ssh://host/x", "ssh: is no file"),
         ("nbd:host", "nbd: is no file"),
         ("nbd://h:x", "is not a port"),
-        ("-k s -p 1 x", "--socket goes without"),
-        ("--aio native -n -f raw x", "aio=native is not available"),
+        ("--aio native -f raw x", "--aio native goes without the page cache only"),
         ("--detect-zeroes unmap -f raw x", "discard=ignore forbids"),
         ("-n --cache unsafe x", "--nocache is --cache none"),
         ("--image-opts -f raw driver=raw,file.filename=x", "names the format itself"),
@@ -264,6 +266,20 @@ def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys, tmp_path, mo
     lines = capsys.readouterr().err.splitlines()
     assert says in lines[0]
     assert len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("--aio io_uring", "not needed: --aio io_uring: requests are done in threads"),
+        ("-n --aio native", "not needed: --aio native: requests are done in threads"),
+        ("-k s -p 1", "not done: --port and --bind"),
+    ],
+)
+def test_what_is_not_needed_is_explained_in_a_line(typed, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["qemu-nbd", *typed.split(), "-f", "raw", "missing"]) == 1
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"nbdlink: {says}")
 
 
 def test_the_version_is_told(capsys):
