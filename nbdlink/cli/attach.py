@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdlink.cli.tls import add_client_arguments, client_options
-from nbdlink.errors import ConfigError, NBDError
+from nbdlink.errors import ConfigError, KernelError, NBDError
 from nbdlink.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -208,3 +209,15 @@ def run_detach(arguments: argparse.Namespace) -> int:
             if arguments.verbose:
                 print(f"{path} is detached", file=sys.stderr)
     return status
+
+
+def run_detach_of(device: str, arguments: argparse.Namespace) -> int:
+    """Detach a device as nbd-client and qemu-nbd do: it is no failure that it is not attached."""
+    from nbdlink.kernel import sysfs
+
+    with contextlib.suppress(KernelError):
+        if sysfs.pid(sysfs.index_of(device)) is None:
+            return 0
+    return run_detach(
+        argparse.Namespace(device=[device], all=False, force=False, verbose=arguments.verbose)
+    )

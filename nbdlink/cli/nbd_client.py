@@ -7,7 +7,6 @@ stderr says why nothing has to be done.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -151,7 +150,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.disconnect is not None or arguments.check is not None:
         if arguments.words:
             raise ConfigError(f"{arguments.words[0]!r} is too much: -d and -c take a device only")
-        return _check(arguments.check) if arguments.check is not None else _detach(arguments)
+        if arguments.check is not None:
+            return _check(arguments.check)
+        from nbdlink.cli.attach import run_detach_of
+
+        return run_detach_of(arguments.disconnect, arguments)
     for name, (why, hint) in _REFUSED.items():
         if getattr(arguments, name):
             raise ConfigError(f"-{name} is not available: {why}", hint=hint)
@@ -330,21 +333,6 @@ def _attach(arguments: argparse.Namespace) -> int:
         log_to_syslog()
 
     return attach.run_attach(wanted, attached)
-
-
-def _detach(arguments: argparse.Namespace) -> int:
-    """Detach a device; that it is not attached is no failure, as with nbd-client."""
-    from nbdlink.cli.attach import run_detach
-    from nbdlink.errors import KernelError
-    from nbdlink.kernel import sysfs
-
-    with contextlib.suppress(KernelError):
-        if sysfs.pid(sysfs.index_of(arguments.disconnect)) is None:
-            return 0
-    detached = argparse.Namespace(
-        device=[arguments.disconnect], all=False, force=False, verbose=arguments.verbose
-    )
-    return run_detach(detached)
 
 
 def _check(device: str) -> int:

@@ -99,12 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.filename is None:
         raise ConfigError("an image is missing", hint="name a file, or say -L or -d")
     if arguments.disconnect:
-        from nbdlink.cli.attach import run_detach
+        from nbdlink.cli.attach import run_detach_of
 
-        detached = argparse.Namespace(
-            device=[arguments.filename], all=False, force=False, verbose=arguments.verbose
-        )
-        return run_detach(detached)
+        return run_detach_of(arguments.filename, arguments)
     from nbdlink.cli import serve
     from nbdlink.cli.main import Parser
 

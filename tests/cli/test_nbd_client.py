@@ -147,9 +147,7 @@ def test_a_device_is_detached(monkeypatch):
     assert said == [(("/dev/nbd0",), {"force": False})]
 
 
-@pytest.mark.parametrize(
-    "device", ["/dev/nbd4095", "/dev/nbd4095p1", "/dev/null", "/nonexistent"]
-)
+@pytest.mark.parametrize("device", ["/dev/nbd4095", "/dev/nbd4095p1", "/dev/null", "/nonexistent"])
 def test_what_is_not_attached_is_told_by_the_exit_status_alone(device, capsys):
     assert main(["nbd-client", "-c", device]) == 1
     assert capsys.readouterr() == ("", "")

@@ -167,9 +167,18 @@ def test_a_device_is_served_in_the_background():
 
 def test_a_device_is_detached(monkeypatch):
     said = []
+    monkeypatch.setattr("nbdlink.kernel.sysfs.exists", lambda index: True)
+    monkeypatch.setattr("nbdlink.kernel.sysfs.pid", lambda index: 1)
     monkeypatch.setattr("nbdlink.link.attach.detach", lambda *a, **o: said.append((a, o)) or "x")
     assert main(["qemu-nbd", *words_of(NO_DEVICE)]) == 0
     assert said == [(("/dev/nbd0",), {"force": False})]
+
+
+def test_what_is_not_attached_is_detached_already(monkeypatch, capsys):
+    monkeypatch.setattr("nbdlink.kernel.sysfs.exists", lambda index: True)
+    monkeypatch.setattr("nbdlink.kernel.sysfs.pid", lambda index: None)
+    assert main(["qemu-nbd", *words_of(NO_DEVICE)]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.interop
