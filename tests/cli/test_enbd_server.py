@@ -39,7 +39,7 @@ def understood(typed):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A place with two files of the same."""
+    """A place with two files of the same size."""
     for name in ("f1", "f2"):
         (tmp_path / name).write_bytes(os.urandom(SIZE))
     return tmp_path
@@ -50,6 +50,22 @@ mount -t tmpfs none /run
 mount -t tmpfs none /var/lib
 "$@"
 """
+
+
+@pytest.mark.interop
+def test_the_example_with_a_mirror(folder):
+    (folder / "f2").write_bytes((folder / "f1").read_bytes())
+    (folder / "new").write_bytes(os.urandom(SIZE))
+    script = f"""
+    {BEGIN}
+    nbdcopy new nbd://localhost:4017
+    kill $(cat /var/run/nbd-server-nbd.pid)
+    while test -e /var/run/nbd-server-nbd.pid; do sleep 0.01; done
+    """
+    words = shlex.split(MIRROR.replace("/a/", f"{folder}/"))
+    in_a_network(script, *OURS, *words, cwd=folder, mounts=True)
+    for name in ("f1", "f2"):
+        assert (folder / name).read_bytes() == (folder / "new").read_bytes()
 
 
 @pytest.mark.interop
