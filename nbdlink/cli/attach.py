@@ -58,7 +58,7 @@ def _add_attach(parser: argparse.ArgumentParser) -> None:
     add("--no-wait", action="store_true", help="do not wait for the partitions")
     add("--json", action="store_true", help="print the device as JSON")
     add_client_arguments(parser, road=True)
-    parser.set_defaults(run=run_attach, instead={})
+    parser.set_defaults(run=run_attach, instead={}, printed="{}")
 
 
 def _add_detach(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def run_attach(arguments: argparse.Namespace, attached: Callable[[], None] = lam
 
         print_json(device_as_json(device.index))
     else:
-        print(device.path)
+        print(arguments.printed.format(device.path))
     if arguments.supervise:
         from functools import partial
 

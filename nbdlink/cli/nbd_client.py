@@ -320,6 +320,7 @@ def _attach(arguments: argparse.Namespace) -> int:
     attach.add_arguments(parser, "attach")
     wanted = parser.parse_intermixed_args(attach_words(arguments))
     wanted.verbose = arguments.verbose
+    wanted.printed = "Connected {}"  # from which scripts take which one was free
     if wanted.target is None:
         wanted.instead = _look_up(wanted.name.removeprefix("nbdtab-"), arguments)
     if not arguments.persist or arguments.nofork:

@@ -43,7 +43,7 @@ def test_a_device_comes_is_checked_as_by_nbd_client_and_goes(server, image, capf
     words = ["-N", "data", "127.0.0.1", server.port, "/dev/nbd3", "-C", 2, "-b", 4096, "-swap"]
     assert typed(*words) == 0
     out, err = capfd.readouterr()
-    assert out == "/dev/nbd3\n"
+    assert out == "Connected /dev/nbd3\n"
     assert err.startswith("nbdlink: not needed: -swap")
     assert sysfs.size(3) == SIZE
     assert head("/dev/nbd3") == image.read_bytes()[:4096]
@@ -65,7 +65,9 @@ def test_what_is_not_attached_is_detached_already(capfd):
 
 def test_a_free_device_is_found(server, capfd):
     assert typed("-N", "data", "127.0.0.1", server.port) == 0
-    assert sysfs.pid(sysfs.index_of(capfd.readouterr().out.strip())) is not None
+    said, device = capfd.readouterr().out.split()
+    assert said == "Connected"
+    assert sysfs.pid(sysfs.index_of(device)) is not None
 
 
 def test_a_device_of_nbdtab_is_attached_by_its_name(server, tmp_path, monkeypatch, capfd):
