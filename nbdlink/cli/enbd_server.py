@@ -31,6 +31,17 @@ _BLOCK_SIZE: Final = 1024
 
 _MODES: Final = {"linear": "linear", "stripe": "striping", "mirror": "mirroring"}
 
+NAMES_IN_HINTS: Final = {
+    "choose another path": "choose another -i ID",
+    "choose one with --port": "choose another CTRLPORT",
+    "--tls-certificates DIR": "-cert FILE",
+    "--tls-cert": "-cert",
+    "--tls-key": "-keyfile",
+    "--tls-ca": "-CAfile",
+    "--tls-verify-depth": "-verify",
+}
+"""Options of `serve` that hints name, and what they are called here; longer ones first."""
+
 _NEEDLESS: Final = {
     "write_order": "-w: a flush waits for every write before it, on all channels, so that a file "
     "system's journal is in order on the disk at any time",

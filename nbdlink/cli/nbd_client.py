@@ -34,6 +34,17 @@ _REFUSED: Final = {
     "size": ("the size of a device is what its server says", "leave -size out"),
 }
 
+NAMES_IN_HINTS: Final = {
+    "nbds:// or --tls require": "-x, or -A FILE",
+    "--tls-certificates DIR": "-F FILE",
+    "--tls-cert": "-F",
+    "--tls-key": "-K",
+    "--tls-ca": "-A",
+    "--tls-hostname": "-H",
+    "--block-size": "-b",
+}
+"""Options of other verbs that hints name, and what they are called here; longer ones first."""
+
 _TLS: Final = ("enable_tls", "certfile", "keyfile", "cacertfile", "tlshostname")
 
 _OF_NBDTAB: Final = re.compile(r"(?:/dev/)?(nbd\d+)\Z")

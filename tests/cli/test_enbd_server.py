@@ -83,7 +83,9 @@ def test_a_server_goes_to_the_background_and_is_found_by_its_signature(folder):
     in_a_network(script, *OURS, *words, cwd=folder, mounts=True)
     assert (folder / "out").read_bytes() == (folder / "f1").read_bytes()
     assert '"block_size_minimum": 4096' in (folder / "info").read_text()
-    assert f"{pid_file} belongs to process" in (folder / "again").read_text().splitlines()[0]
+    wrong, hint = (folder / "again").read_text().splitlines()
+    assert f"{pid_file} belongs to process" in wrong
+    assert hint == "  hint: stop it, or choose another -i ID"
 
 
 @pytest.mark.interop
