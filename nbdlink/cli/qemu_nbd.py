@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -153,7 +154,7 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
     words += [f"--{name.replace('_', '-')}" for name in _SWITCHES if getattr(arguments, name)]
     words += [f"--bitmap={name}" for name in arguments.bitmap]
     words += [f"--object={text}" for text in arguments.object]
-    words += [f"--trace={text}" for text in arguments.trace]
+    words += [f"--trace={text}" for text in map(_traced, arguments.trace) if text]
     if arguments.discard is None:
         words.append("--discard=ignore")
     device = arguments.connect
@@ -167,6 +168,35 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
         words.append("--bind=0.0.0.0")
     name = arguments.filename if arguments.image_opts else _path(arguments.filename)
     return [*words, "--", name]
+
+
+def _traced(text: str) -> str:
+    """Give what is to be traced by our names; nothing if QEMU's have no like here.
+
+    As with qemu-nbd it is not an error that there is no such event.
+    """
+    from nbdlink.cli.trace import EVENTS
+
+    known: list[str] = []
+    missing: list[str] = []
+    for piece in text.split(","):
+        key, equals, value = piece.partition("=")
+        pattern = value if equals else key
+        if (equals and key != "enable") or any(fnmatchcase(each, pattern) for each in EVENTS):
+            known.append(piece)
+        elif pattern.startswith("nbd_"):
+            known.append("enable=nbd_server")  # nbd_negotiate_begin, nbd_co_send_iov ...
+        else:
+            missing.append(pattern)
+    if missing:
+        print(
+            f"nbdlink: not done: --trace {missing[0]}: nothing of that name can be traced here; "
+            f"there are {', '.join(EVENTS)}",
+            file=sys.stderr,
+        )
+        if not any(piece.startswith(("enable=", "events=", "nbd_")) for piece in known):
+            return ""
+    return ",".join(known)
 
 
 def _path(filename: str) -> str:

@@ -227,6 +227,8 @@ def test_its_defaults_are_qemu_nbds():
         ("-k /s -p 1 -b ::1 x", {"socket": "/s", "bind": [], "port": None}),
         ("-fraw -k/s -xfoo -rt -e5 x", {"format": "raw", "shared": 5, "read_only": True}),
         ("--aio io_uring x", {"aio": "threads"}),
+        ("-T nbd_negotiate* -T nbd_* x", {"trace": ["enable=nbd_server", "nbd_*"]}),
+        ("-T bdrv_co_*,file=f x", {"trace": []}),
         ("--cache=unsafe --discard=unmap x", {"cache": "unsafe", "discard": "unmap"}),
         ("-c /dev/nbd3 -v x", {"attach": "/dev/nbd3", "fork": False}),
         ("a=b", {"storage": ["./a=b"]}),
@@ -265,7 +267,7 @@ def test_each_option_becomes_one_of_serve(typed, understood):
         ("--object tls-creds-x509,id=a,priority=N x", "priority is not understood"),
         ("--object tls-creds-x509,id=a,dir=d --tls-creds a x", "are a client's"),
         ("-l snapshot.id=1,nonsense=2 x", "nonsense is not understood"),
-        ("-T nonsense x", "nothing of that name can be traced"),
+        ("-T nonsense=x x", "nonsense is not understood"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys, tmp_path, monkeypatch):
@@ -283,6 +285,7 @@ def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys, tmp_path, mo
         ("--aio io_uring", "not needed: --aio io_uring: requests are done in threads"),
         ("-n --aio native", "not needed: --aio native: requests are done in threads"),
         ("-k s -p 1", "not done: --port and --bind"),
+        ("-T bdrv_co_*", "not done: --trace bdrv_co_*: nothing of that name"),
     ],
 )
 def test_what_is_not_needed_is_explained_in_a_line(typed, says, capsys, tmp_path, monkeypatch):
