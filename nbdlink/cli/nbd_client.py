@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from nbdlink.errors import ConfigError
@@ -232,14 +233,16 @@ def _nbdtab_device(arguments: argparse.Namespace) -> str | None:
 def _look_up(device: str, arguments: argparse.Namespace) -> dict[str, object]:
     """Give what is said besides of a device of /etc/nbdtab and is not in the table.
 
-    As with nbd-client the table is stronger, but it has no words for -readonly and -nonetlink.
+    As with nbd-client the table is stronger, but it has no words for -readonly and -nonetlink. Its
+    `persist` becomes that of `arguments`.
 
     Raises:
         ConfigError: the table has no such device.
     """
     from nbdlink.link.config import files
 
-    if f"nbdtab-{device}" not in files.load().links:
+    link = files.load().links.get(f"nbdtab-{device}")
+    if link is None:
         raise ConfigError(
             f"/etc/nbdtab has no line for {device}",
             hint="add one, or say HOST [PORT] DEVICE; see nbdtab(5)",
@@ -251,6 +254,11 @@ def _look_up(device: str, arguments: argparse.Namespace) -> dict[str, object]:
                 "/etc/nbdtab says",
                 file=sys.stderr,
             )
+    # Elsewhere the supervisor does it for every link, so what was read does not tell.
+    path, _, number = link.source.rpartition(":")
+    fields = Path(path).read_text().split("\n")[int(number) - 1].split()
+    if len(fields) > 3 and "persist" in fields[3].split(","):
+        arguments.persist = True
     said: dict[str, object] = {"read_only": True} if arguments.readonly else {}
     return said | ({"road": "ioctl"} if arguments.nonetlink else {})
 
@@ -329,11 +337,12 @@ def _attach(arguments: argparse.Namespace) -> int:
 
     parser = argparse.ArgumentParser(prog="nbdlink nbd-client")
     attach.add_arguments(parser, "attach")
+    device = _nbdtab_device(arguments)
+    said = _look_up(device, arguments) if device else {}
     wanted = parser.parse_intermixed_args(attach_words(arguments))
     wanted.verbose = arguments.verbose
     wanted.printed = "Connected {}"  # from which scripts take which one was free
-    if wanted.target is None:
-        wanted.instead = _look_up(wanted.name.removeprefix("nbdtab-"), arguments)
+    wanted.instead = said
     if not arguments.persist or arguments.nofork:
         return attach.run_attach(wanted)
     from nbdlink.server.daemon import fork_to_background, log_to_syslog

@@ -14,6 +14,7 @@ import pytest
 
 from nbdlink.cli import attach, nbd_client
 from nbdlink.cli.main import build_parser, main
+from nbdlink.link.config import files
 from nbdlink.uri import Target
 from tests.certificates import Authority
 
@@ -114,6 +115,24 @@ def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert says in lines[0]
     assert len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "persists", "besides"),
+    [
+        ("nbd0", False, {}),
+        ("/dev/nbd1", True, {}),
+        ("nbd0 -p", True, {}),
+        ("nbd0 -R -L -n", False, {"read_only": True, "road": "ioctl"}),
+    ],
+)
+def test_a_line_of_nbdtab_and_what_is_said_besides(typed, persists, besides, tmp_path, monkeypatch):
+    table, nothing = tmp_path / "nbdtab", tmp_path / "none"
+    table.write_text("# disks\nnbd0 h data\nnbd1\th data  unix,persist,bs=1024 # comment\n")
+    monkeypatch.setattr(files.load, "__defaults__", (nothing, nothing, table))
+    arguments = parsed(typed)
+    device = nbd_client._nbdtab_device(arguments)
+    assert (nbd_client._look_up(device, arguments), arguments.persist) == (besides, persists)
 
 
 @pytest.mark.parametrize(
