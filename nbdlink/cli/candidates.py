@@ -261,6 +261,10 @@ class _Line:
         found = self._attached(word)
         return found if found.values and word else _joined(found, self._targets(word))
 
+    def _members(self, word: str) -> Candidates:
+        found = _fitting(Candidates(list(_served_members())), word)
+        return found if found.values else Candidates(files="files")
+
     def _files(self, word: str) -> Candidates:
         return Candidates(files="files")
 
@@ -295,6 +299,7 @@ _FILLERS: Final[Sequence[tuple[str, Callable[[_Line, str], Candidates]]]] = (
     (r"TARGET", _Line._targets),
     (r"TARGET\|DEVICE", _Line._anything_attached),
     (r"SRC|DST", _Line._targets_or_files),
+    (r"MEMBER", _Line._members),
     (r"DIR", _Line._folders),
     (r".*(FILE|PATH|STORAGE|IMAGE).*", _Line._files),
 )
@@ -332,6 +337,16 @@ def _configured() -> Iterator[Value]:
 
     for name, link in load().links.items():
         yield name, str(link.spec.target)
+
+
+def _served_members() -> Iterator[Value]:
+    """Give the members of the mirrors that are served on this machine, and what they are worth."""
+    from nbdlink.server.mirrors import ask
+    from nbdlink.storage.mirror.places import known_mirrors
+
+    for mirror in known_mirrors():
+        for member in (ask(mirror, do="status") or {}).get("members", ()):
+            yield member["address"], member["state"]
 
 
 def _servers() -> Iterator[tuple[str, str]]:
