@@ -25,6 +25,7 @@ _NEEDLESS: Final = {
     "see the relay in nbdlink-tls(7)",
     "systemd_mark": "-systemd-mark: the device does not depend on a process that could be ended",
     "no_optgo": "-no-optgo: what the server can do is found out",
+    "identifier": "-identifier: a device is known by one that is made up for it",
     "priority": "-priority: the ciphers are chosen by what the kernel can do",
 }
 """What need not be done, by the name of the option that asks for it, and why."""
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add("connections", "-C", metavar="N", help="connections (1)")
     add("block-size", "-b", metavar="SIZE", help="512, 1024, 2048 or 4096 (512)")
     add("timeout", "-t", metavar="S", help="seconds a request may take (30)")
+    add("dead-timeout", "-T", metavar="S", help="seconds to wait for a renewal (0; persist: 300)")
     add("readonly", "-R", action="store_true", help="bind it read-only")
     add("persist", "-p", action="store_true", help="stay, and renew what breaks")
     add("nofork", "-n", action="store_true", help="with -persist: in the foreground")
@@ -85,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add("swap", "-s", action="store_true", help="not needed")
     add("systemd-mark", "-m", action="store_true", help="not needed")
     add("no-optgo", "-g", action="store_true", help="not needed")
+    add("identifier", "-i", metavar="TEXT", help="not needed")
     add("priority", "-y", metavar="TEXT", help="not needed")
     add("sdp", "-S", action="store_true", help="not available")
     add("preinit", "-P", action="store_true", help="not available")
@@ -193,7 +196,7 @@ def attach_words(arguments: argparse.Namespace) -> list[str]:
         return [f"--name=nbdtab-{device}", *persist]
     target, device = _place(arguments, with_device=True)
     words = [*_target_options(arguments)]
-    for name in ("connections", "block_size", "timeout"):
+    for name in ("connections", "block_size", "timeout", "dead_timeout"):
         if (value := getattr(arguments, name)) is not None:
             if not value.isdecimal():
                 raise ConfigError(f"-{name.replace('_', '-')} takes a number, not {value!r}")
@@ -247,7 +250,7 @@ def _look_up(device: str, arguments: argparse.Namespace) -> dict[str, object]:
             f"/etc/nbdtab has no line for {device}",
             hint="add one, or say HOST [PORT] DEVICE; see nbdtab(5)",
         )
-    for name in ("name", "connections", "block_size", "timeout"):
+    for name in ("name", "connections", "block_size", "timeout", "dead_timeout"):
         if getattr(arguments, name):
             print(
                 f"nbdlink: -{_hyphened(name)} has no effect: {device} is attached as "

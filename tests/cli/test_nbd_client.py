@@ -65,6 +65,9 @@ def understood(typed):
         ("h /dev/nbd0 -C 4 -b 4096 -t 60", {"connections": 4, "block_size": "4096"}),
         ("h /dev/nbd0 -connections 4 -block-size 512 -timeout 60", {"timeout": 60}),
         ("h /dev/nbd0 -t 0", {"timeout": None}),
+        # Of newer versions than Debian's.
+        ("h /dev/nbd0 -dead-timeout 60 -i me", {"dead_timeout": 60}),
+        ("h /dev/nbd0 -T 0", {"dead_timeout": 0}),
         ("h 2000 /dev/nbd0 bs=1024 timeout=7", {"block_size": "1024", "timeout": 7}),
         ("h /dev/nbd0 -R", {"read_only": True}),
         ("h /dev/nbd0 -readonly -L", {"read_only": True, "ioctl": True}),
@@ -141,6 +144,7 @@ def test_a_line_of_nbdtab_and_what_is_said_besides(typed, persists, besides, tmp
         ("-swap", "not needed: -swap"),
         ("-m", "not needed: -systemd-mark"),
         ("-g", "not needed: -no-optgo"),
+        ("-ime", "not needed: -identifier"),
         ("-x", "without -A FILE the server is not verified"),
     ],
 )
