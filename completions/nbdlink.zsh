@@ -20,8 +20,8 @@ _nbdlink() {
     fi
     case $said[1] in
     # What comes behind --option= or NAME= is a file as well.
-    *files*) _files || { compset -P '*=' && _files } ;;
-    *folders*) _files -/ || { compset -P '*=' && _files -/ } ;;
+    *files*) _files || { compset -P 1 '*=' && _files } ;;
+    *folders*) _files -/ || { compset -P 1 '*=' && _files -/ } ;;
     *) return 1 ;;
     esac
 }
