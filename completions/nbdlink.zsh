@@ -19,8 +19,9 @@ _nbdlink() {
         compadd -l -d shown $space -- "${(@)values}" && return
     fi
     case $said[1] in
-    *files*) _files ;;
-    *folders*) _files -/ ;;
+    # What comes behind --option= or NAME= is a file as well.
+    *files*) _files || { compset -P 1 '*=' && _files } ;;
+    *folders*) _files -/ || { compset -P 1 '*=' && _files -/ } ;;
     *) return 1 ;;
     esac
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdlink.cli.tls import add_client_arguments, client_options
-from nbdlink.errors import ConfigError, NBDError
+from nbdlink.errors import ConfigError, KernelError, NBDError
 from nbdlink.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def _add_attach(parser: argparse.ArgumentParser) -> None:
     add("--no-wait", action="store_true", help="do not wait for the partitions")
     add("--json", action="store_true", help="print the device as JSON")
     add_client_arguments(parser, road=True)
-    parser.set_defaults(run=run_attach)
+    parser.set_defaults(run=run_attach, instead={}, printed="{}")
 
 
 def _add_detach(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +89,7 @@ def run_attach(arguments: argparse.Namespace, attached: Callable[[], None] = lam
 
         print_json(device_as_json(device.index))
     else:
-        print(device.path)
+        print(arguments.printed.format(device.path))
     if arguments.supervise:
         from functools import partial
 
@@ -184,7 +185,9 @@ def _configured(arguments: argparse.Namespace) -> LinkSpec:
             hint="name a TARGET, or say [link.NAME] in /etc/nbdlink.toml",
         )
     device = arguments.device or link.spec.device
-    return replace(link.spec, device=device, wait=None if arguments.no_wait else 30.0)
+    wait = None if arguments.no_wait else 30.0
+    # What nbd-client's command line can say of a line of nbdtab, which has no words for it.
+    return replace(link.spec, **{"device": device, "wait": wait} | arguments.instead)
 
 
 def run_detach(arguments: argparse.Namespace) -> int:
@@ -206,3 +209,15 @@ def run_detach(arguments: argparse.Namespace) -> int:
             if arguments.verbose:
                 print(f"{path} is detached", file=sys.stderr)
     return status
+
+
+def run_detach_of(device: str, arguments: argparse.Namespace) -> int:
+    """Detach a device as nbd-client and qemu-nbd do: it is no failure that it is not attached."""
+    from nbdlink.kernel import sysfs
+
+    with contextlib.suppress(KernelError):
+        if sysfs.pid(sysfs.index_of(device)) is None:
+            return 0
+    return run_detach(
+        argparse.Namespace(device=[device], all=False, force=False, verbose=arguments.verbose)
+    )

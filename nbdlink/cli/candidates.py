@@ -17,9 +17,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdlink.cli.main import VERBS, build_parser
+
+if TYPE_CHECKING:
+    from nbdlink.uri import Target
 
 Value = tuple[str, str]
 """What can be inserted, and what it means."""
@@ -122,7 +125,7 @@ class _Line:
         self.said = argparse.Namespace()
         for action in self._parser._actions:
             setattr(self.said, action.dest, action.default)
-        self._operands = 0
+        self._operands: list[str] = []
         self._only_operands = False
         self._expecting: argparse.Action | None = None
         for word in before:
@@ -133,7 +136,7 @@ class _Line:
             self._say(self._expecting, word)
             self._expecting = None
         elif self._only_operands or not word.startswith("-") or word == "-":
-            self._operands += 1
+            self._operands.append(word)
         elif word == "--":
             self._only_operands = True
         else:
@@ -167,27 +170,33 @@ class _Line:
                 )
                 found.values = [(f"{name}={text}", meaning) for text, meaning in found.values]
                 return found
-            return _fitting(Candidates(list(self._option_names())), word)
+            return _fitting(Candidates(list(self._option_names(word))), word)
         operands = [each for each in self._parser._actions if not each.option_strings]
         for number, action in enumerate(operands):
-            if number == self._operands or (
+            if number == len(self._operands) or (
                 number == len(operands) - 1 and action.nargs in ("*", "+")
             ):
                 return self._values(action, word)
         return Candidates()
 
-    def _option_names(self) -> Iterator[Value]:
+    def _option_names(self, word: str) -> Iterator[Value]:
         for action in self._parser._actions:
             if action.option_strings and action.help is not argparse.SUPPRESS:
-                # Who knows the short one does not look for it.
-                yield max(action.option_strings, key=len), action.help or ""
+                # Who knows the short one does not look for it. nbd-client's long ones may begin
+                # with one hyphen: as they were begun, they go on.
+                names = [each for each in action.option_strings if each.startswith(word)]
+                yield max(names or action.option_strings, key=len), action.help or ""
 
     def _values(self, action: argparse.Action, word: str) -> Candidates:
         if action.choices is not None:
             return _fitting(Candidates([(str(each), "") for each in action.choices]), word)
         metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+        if metavar == "NAME" and {"--export", "-N"} & set(action.option_strings):
+            return _fitting(Candidates(list(self._names_there())), word)
         if metavar == "NAME" and (self._verb == "supervise" or "--name" in action.option_strings):
             return _fitting(Candidates(list(_configured())), word)
+        if self._verb == "qemu-nbd" and metavar == "FILE|DEV" and self.said.disconnect:
+            return self._attached(word)
         for pattern, fill in _FILLERS:
             if re.fullmatch(pattern, metavar):
                 return fill(self, word)
@@ -198,6 +207,33 @@ class _Line:
 
     def _free(self, word: str) -> Candidates:
         return _fitting(Candidates(list(_devices(attached=False))), word)
+
+    def _host_or_device(self, word: str) -> Candidates:
+        """Give what nbd-client takes: HOST [PORT] DEVICE, PATH DEVICE, or a line of nbdtab."""
+        if self._operands:
+            return self._free(word)
+        if self.said.unix:
+            return Candidates(files="files")
+        hosts = [(host.partition(":")[0], "") for host, _ in _servers()]
+        table = [
+            (name.removeprefix("nbdtab-"), target)
+            for name, target in _configured()
+            if name.startswith("nbdtab-")
+        ]
+        return _fitting(Candidates(list(dict.fromkeys(hosts)) + table), word)
+
+    def _names_there(self) -> Iterator[Value]:
+        """Give the exports of the server that has been named before."""
+        from nbdlink.uri import Target
+
+        place, *further = self._operands
+        if getattr(self.said, "unix", False):
+            target = Target(socket=place)
+        elif self._verb == "nbd-client" and further and further[0].isdigit():
+            target = Target(host=place, port=int(further[0]))
+        else:
+            target = Target.parse(place)
+        yield from self._listed(target)
 
     def _targets(self, word: str) -> Candidates:
         if (place := _export_begins(word)) is not None and self._verb != "exports":
@@ -225,6 +261,10 @@ class _Line:
         found = self._attached(word)
         return found if found.values and word else _joined(found, self._targets(word))
 
+    def _members(self, word: str) -> Candidates:
+        found = _fitting(Candidates(list(_served_members())), word)
+        return found if found.values else Candidates(files="files")
+
     def _files(self, word: str) -> Candidates:
         return Candidates(files="files")
 
@@ -235,26 +275,31 @@ class _Line:
         """Ask a server for its exports; `base` is what comes before a name."""
         from urllib.parse import quote
 
+        from nbdlink.uri import Target
+
+        for name, meaning in self._listed(Target.parse(base)):
+            yield base + (quote(name) if "://" in base else name), meaning
+
+    def _listed(self, target: Target) -> Iterator[Value]:
         from nbdlink.cli.tls import client_options
         from nbdlink.client.negotiate import Negotiation
         from nbdlink.client.security import NO_OPTIONS, Security
-        from nbdlink.uri import Target
 
-        target = Target.parse(base)
         options = client_options(self.said) if hasattr(self.said, "tls") else NO_OPTIONS
         security = Security(target, options)
         with Negotiation(target, timeout=_server_seconds(), security=security) as negotiation:
             for listing in negotiation.list_exports():
-                name = quote(listing.name) if "://" in base else listing.name
-                yield base + name, listing.description
+                yield listing.name, listing.description
 
 
 _FILLERS: Final[Sequence[tuple[str, Callable[[_Line, str], Candidates]]]] = (
-    (r"DEVICE\|NAME", _Line._attached),
-    (r"/dev/nbdN", _Line._free),
+    (r"DEVICE(\|NAME)?", _Line._attached),
+    (r"/dev/nbdN|DEV", _Line._free),
+    (r"HOST\|PATH .*", _Line._host_or_device),
     (r"TARGET", _Line._targets),
     (r"TARGET\|DEVICE", _Line._anything_attached),
     (r"SRC|DST", _Line._targets_or_files),
+    (r"MEMBER", _Line._members),
     (r"DIR", _Line._folders),
     (r".*(FILE|PATH|STORAGE|IMAGE).*", _Line._files),
 )
@@ -292,6 +337,16 @@ def _configured() -> Iterator[Value]:
 
     for name, link in load().links.items():
         yield name, str(link.spec.target)
+
+
+def _served_members() -> Iterator[Value]:
+    """Give the members of the mirrors that are served on this machine, and what they are worth."""
+    from nbdlink.server.mirrors import ask
+    from nbdlink.storage.mirror.places import known_mirrors
+
+    for mirror in known_mirrors():
+        for member in (ask(mirror, do="status") or {}).get("members", ()):
+            yield member["address"], member["state"]
 
 
 def _servers() -> Iterator[tuple[str, str]]:

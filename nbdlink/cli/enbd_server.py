@@ -21,11 +21,26 @@ _NEGOTIATION: Final = 90.0
 """Seconds, if nothing is said."""
 _FOR_EVER: Final = 86400
 _SIZES: Final = re.compile(r"(-|\d+[kmg]?)(,(-|\d+[kmg]?))*\Z", re.IGNORECASE)
+_STATE: Final = Path("/var/lib/nbdlink")
+"""Where clients are kept, beyond a reboot; with enbd-server it was /var/state/nbd."""
+_PROBED: Final = re.compile(r"[^\d,]*\Z")
+"""What stands for a size that is to be found out: "-" as a rule, or any other word."""
 
 _BLOCK_SIZE: Final = 1024
 """Bytes in a stripe, if nothing is said."""
 
 _MODES: Final = {"linear": "linear", "stripe": "striping", "mirror": "mirroring"}
+
+NAMES_IN_HINTS: Final = {
+    "choose another path": "choose another -i ID",
+    "choose one with --port": "choose another CTRLPORT",
+    "--tls-certificates DIR": "-cert FILE",
+    "--tls-cert": "-cert",
+    "--tls-key": "-keyfile",
+    "--tls-ca": "-CAfile",
+    "--tls-verify-depth": "-verify",
+}
+"""Options of `serve` that hints name, and what they are called here; longer ones first."""
 
 _NEEDLESS: Final = {
     "write_order": "-w: a flush waits for every write before it, on all channels, so that a file "
@@ -89,9 +104,16 @@ def run(arguments: argparse.Namespace) -> int:
     for name, why in _NEEDLESS.items():
         if getattr(arguments, name) is not None:
             print(f"nbdlink: not needed: {why}", file=sys.stderr)
+    if arguments.asynchronous and arguments.synchronous:
+        print(
+            "nbdlink: not done: -a: with -y no write is acknowledged before it is on the disk",
+            file=sys.stderr,
+        )
     served = parser.parse_intermixed_args(words)
     served.verbose = arguments.verbose
     served.announce = arguments.verbose > 0
+    if served.remember_clients is not None:
+        _STATE.mkdir(exist_ok=True)
     return serve.run(served)
 
 
@@ -109,7 +131,7 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
     for name in ("read_only", "lock_ranges"):
         if getattr(arguments, name):
             words.append(f"--{name.replace('_', '-')}")
-    if arguments.asynchronous:
+    if arguments.asynchronous and not arguments.synchronous:
         words.append("--write-behind")
     if arguments.block_size is not None:
         if arguments.block_size not in ("1024", "2048", "4096"):
@@ -137,6 +159,7 @@ def _storages(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
         size = storages.pop()
     if size is None:
         return storages, None
+    size = ",".join("-" if _PROBED.match(each) else each for each in size.split(","))
     if not _SIZES.match(size):
         raise ConfigError(f"-s {size} is no size, nor a list", hint="say for example 2G,-,512M")
     if size.count(",") >= len(storages):
@@ -165,7 +188,7 @@ def _caching(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _identity(signature: str | None) -> Iterator[str]:
-    """Name the signature, and the pid file where enbd-server has it."""
+    """Name the signature, the pid file where enbd-server has it, and who is to be told."""
     if signature is None:
         return
     if not 0 < len(signature) <= _LONGEST_SIGNATURE:
@@ -175,8 +198,12 @@ def _identity(signature: str | None) -> Iterator[str]:
         )
     yield f"--signature={signature}"
     folder = Path("/var/run")
-    if "/" not in signature and os.access(folder, os.W_OK):  # or else where `serve` has it
+    if "/" in signature:
+        return
+    if os.access(folder, os.W_OK):  # or else where `serve` has it
         yield f"--pid-file={folder}/nbd-server-{signature}.pid"
+    if os.access(_STATE if _STATE.exists() else _STATE.parent, os.W_OK):
+        yield f"--remember-clients={_STATE}/server-{signature}.clients"
 
 
 def _security(arguments: argparse.Namespace) -> Iterator[str]:

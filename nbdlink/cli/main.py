@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except NBDError as error:
+        error.hint = _in_words_of(verb, error.hint)
         complain(error)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
@@ -117,6 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             NBDError(f"unexpected {name}: {error}", hint="this is a bug; -vv shows where it is")
         )
         return 1
+
+
+def _in_words_of(verb: str | None, hint: str | None) -> str | None:
+    """Name options in a hint as they are called on the command line that was typed."""
+    module = sys.modules.get(VERBS[verb][0]) if verb in VERBS else None
+    for ours, theirs in getattr(module, "NAMES_IN_HINTS", {}).items():
+        hint = hint and hint.replace(ours, theirs)
+    return hint
 
 
 def _parse(verb: str | None, words: list[str]) -> argparse.Namespace:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,8 +34,9 @@ _SOCKET = "/var/lock/qemu-nbd-{}"
 # As options of `serve` that take a value, and that do not.
 _VALUES = (
     *("port", "bind", "socket", "export_name", "description", "offset", "pid_file", "format"),
-    *("load_snapshot", "cache", "aio", "discard", "detect_zeroes", "tls_creds", "tls_authz"),
+    *("load_snapshot", "cache", "discard", "detect_zeroes", "tls_creds", "tls_authz"),
 )
+_AIO_MODES = ("threads", "native", "io_uring")
 _SWITCHES = ("read_only", "snapshot", "nocache", "allocation_depth", "image_opts", "fork")
 
 
@@ -56,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
     add("-l", "--load-snapshot", metavar="ID|NAME", help="serve an internal snapshot")
     add("-n", "--nocache", action="store_true", help="the same as --cache none")
     add("--cache", metavar="MODE", help="none, writeback (default), writethrough, ...")
-    add("--aio", metavar="MODE", help="threads")
+    add("--aio", metavar="MODE", choices=_AIO_MODES, help="threads (always), native or io_uring")
     add("--discard", metavar="MODE", help="ignore (default) or unmap")
     add("--detect-zeroes", metavar="MODE", help="off (default), on or unmap")
     add("--image-opts", action="store_true", help="FILE is driver=...,file.filename=...")
@@ -97,21 +100,42 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.filename is None:
         raise ConfigError("an image is missing", hint="name a file, or say -L or -d")
     if arguments.disconnect:
-        from nbdlink.cli.attach import run_detach
+        from nbdlink.cli.attach import run_detach_of
 
-        detached = argparse.Namespace(
-            device=[arguments.filename], all=False, force=False, verbose=arguments.verbose
-        )
-        return run_detach(detached)
+        return run_detach_of(arguments.filename, arguments)
     from nbdlink.cli import serve
     from nbdlink.cli.main import Parser
 
+    _explain(arguments)
     parser = Parser(prog="nbdlink qemu-nbd")
     serve.add_arguments(parser, "serve")
     served = parser.parse_intermixed_args(serve_words(arguments))
     served.verbose = arguments.verbose
     served.announce = False
     return serve.run(served)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    """Say why something that is asked for is not needed.
+
+    Raises:
+        ConfigError: qemu-nbd would not do it either.
+    """
+    if arguments.aio == "native" and not (
+        arguments.nocache or arguments.cache in ("none", "directsync")
+    ):
+        raise ConfigError("--aio native goes without the page cache only", hint="say --cache none")
+    if arguments.aio not in (None, "threads"):
+        print(
+            f"nbdlink: not needed: --aio {arguments.aio}: requests are done in threads here, "
+            "which writes the same to the disk",
+            file=sys.stderr,
+        )
+    if arguments.socket is not None and (arguments.port or arguments.bind):
+        print(
+            "nbdlink: not done: --port and --bind: with --socket there is only that",
+            file=sys.stderr,
+        )
 
 
 def serve_words(arguments: argparse.Namespace) -> list[str]:
@@ -123,17 +147,17 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
     words = [f"--shared={arguments.shared}"]
     words.append("--persistent" if arguments.persistent else "--once")
     for name in _VALUES:
+        if arguments.socket is not None and name in ("port", "bind"):
+            continue  # as with qemu-nbd
         if (value := getattr(arguments, name)) is not None:
             words.append(f"--{name.replace('_', '-')}={value}")
     words += [f"--{name.replace('_', '-')}" for name in _SWITCHES if getattr(arguments, name)]
     words += [f"--bitmap={name}" for name in arguments.bitmap]
     words += [f"--object={text}" for text in arguments.object]
-    words += [f"--trace={text}" for text in arguments.trace]
+    words += [f"--trace={text}" for text in map(_traced, arguments.trace) if text]
     if arguments.discard is None:
         words.append("--discard=ignore")
     device = arguments.connect
-    if arguments.socket is not None and (arguments.port or arguments.bind):
-        raise ConfigError("--socket goes without --port and --bind")
     if device is not None:
         words.append(f"--attach={device}")
         if not arguments.verbose and not arguments.fork:
@@ -144,6 +168,35 @@ def serve_words(arguments: argparse.Namespace) -> list[str]:
         words.append("--bind=0.0.0.0")
     name = arguments.filename if arguments.image_opts else _path(arguments.filename)
     return [*words, "--", name]
+
+
+def _traced(text: str) -> str:
+    """Give what is to be traced by our names; nothing if QEMU's have no like here.
+
+    As with qemu-nbd it is not an error that there is no such event.
+    """
+    from nbdlink.cli.trace import EVENTS
+
+    known: list[str] = []
+    missing: list[str] = []
+    for piece in text.split(","):
+        key, equals, value = piece.partition("=")
+        pattern = value if equals else key
+        if (equals and key != "enable") or any(fnmatchcase(each, pattern) for each in EVENTS):
+            known.append(piece)
+        elif pattern.startswith("nbd_"):
+            known.append("enable=nbd_server")  # nbd_negotiate_begin, nbd_co_send_iov ...
+        else:
+            missing.append(pattern)
+    if missing:
+        print(
+            f"nbdlink: not done: --trace {missing[0]}: nothing of that name can be traced here; "
+            f"there are {', '.join(EVENTS)}",
+            file=sys.stderr,
+        )
+        if not any(piece.startswith(("enable=", "events=", "nbd_")) for piece in known):
+            return ""
+    return ",".join(known)
 
 
 def _path(filename: str) -> str:

@@ -53,6 +53,11 @@ def test_every_verb():
         (["attach", "--tls", "req"], "require"),
         (["qemu-nbd", "--dis"], "--discard"),
         (["completion", "f"], "fish"),
+        (["qemu-nbd", "--aio", "io"], "io_uring"),
+        # As they were begun, with one hyphen or two.
+        (["nbd-client", "-bl"], "-block-size"),
+        (["nbd-client", "--bl"], "--block-size"),
+        (["enbd-server", "-CA"], "-CAfile"),
     ],
 )
 def test_options_and_choices(words, value):
@@ -75,6 +80,10 @@ def test_every_option_is_offered(verb):
         (["list", ""], None),
         (["serve", "--", "--o"], "files"),
         (["nonsense", ""], None),
+        (["nbd-client", "-u", ""], "files"),
+        (["nbd-client", "-certfile", ""], "files"),
+        (["enbd-server", "4017", ""], "files"),
+        (["enbd-server", "4017", "a", "-CApath", ""], "folders"),
     ],
 )
 def test_where_files_fit(words, what):
@@ -104,6 +113,7 @@ def known(tmp_path, monkeypatch):
     path = tmp_path / "nbdlink.toml"
     path.write_text('[link.data]\ntarget = "nbd://store1/data"\n')
     path.chmod(0o600)
+    (tmp_path / "nbdtab").write_text("nbd7 store1 data\n")
     found = files.load(path, tmp_path / "none", tmp_path / "nbdtab")
     monkeypatch.setattr(files, "load", lambda: found)
     monkeypatch.setattr(record, "DIRECTORY", tmp_path)
@@ -113,12 +123,13 @@ def known(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "values"),
     [
-        (["attach", "--name", ""], ["data"]),
+        (["attach", "--name", ""], ["data", "nbdtab-nbd7"]),
         (["supervise", "d"], ["data"]),
         (["attach", "nbd:"], ["nbd://store1/data"]),
         (["attach", "--path", "nbd://s"], ["nbd://store1/data"]),
         (["info", "sto"], ["store1/"]),
         (["exports", ""], ["store1"]),
+        (["nbd-client", ""], ["store1", "nbd7"]),
     ],
 )
 def test_configured_links(words, values):
@@ -127,6 +138,30 @@ def test_configured_links(words, values):
 
 def test_a_host_goes_on_with_an_export(known):
     assert candidates(["attach"], "sto").goes_on
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Have three devices, of which nbd1 is attached."""
+    monkeypatch.setattr("nbdlink.kernel.sysfs.indices", lambda: [0, 1, 2])
+    monkeypatch.setattr("nbdlink.kernel.sysfs.pid", lambda index: 7 if index == 1 else None)
+
+
+@pytest.mark.usefixtures("known", "devices")
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["detach", ""], ["/dev/nbd1"]),
+        (["nbd-client", "-d", ""], ["/dev/nbd1"]),
+        (["nbd-client", "-check", "/dev/"], ["/dev/nbd1"]),
+        (["nbd-client", "host", "10809", ""], ["/dev/nbd0", "/dev/nbd2"]),
+        (["qemu-nbd", "-d", ""], ["/dev/nbd1"]),
+        (["qemu-nbd", "-c", ""], ["/dev/nbd0", "/dev/nbd2"]),
+        (["serve", "--attach=/dev"], ["--attach=/dev/nbd0", "--attach=/dev/nbd2"]),
+    ],
+)
+def test_devices(words, values):
+    assert fitting(*words) == values
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +181,14 @@ def test_the_exports_of_a_server(server):
 
 def test_the_exports_of_a_server_in_a_uri(server):
     assert fitting("map", f"nbd://{server}/my") == [f"nbd://{server}/my%20disk"]
+
+
+def test_the_exports_of_a_server_that_has_been_named(server):
+    assert fitting("attach", server, "--export", "") == ["data", "my disk"]
+
+
+def test_the_exports_of_a_server_for_nbd_client(server):
+    assert fitting("nbd-client", *server.split(":"), "-N", "d") == ["data"]
 
 
 @pytest.fixture(params=["silent", "refusing", "no such host"])
@@ -268,7 +311,9 @@ class Shell:
 def shell(request, tmp_path):
     if shutil.which(request.param) is None:
         pytest.skip(f"{request.param} is not installed")
-    (tmp_path / "disk.img").touch()
+    for name in ("disk.img", "my image"):
+        (tmp_path / name).touch()
+    (tmp_path / "keys").mkdir()
     started = Shell(request.param, tmp_path)
     yield started
     started.close()
@@ -288,6 +333,21 @@ def test_a_shell_completes_values_of_options(shell):
 
 def test_a_shell_completes_files(shell):
     assert shell.line("nbdlink serve di") == "nbdlink serve disk.img "
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("nbdlink serve data=di", "nbdlink serve data=disk.img "),
+        ("nbdlink serve --pid-file=di", "nbdlink serve --pid-file=disk.img "),
+        ("nbdlink serve --tls-certificates=ke", "nbdlink serve --tls-certificates=keys/"),
+        ("nbdlink serve -- di", "nbdlink serve -- disk.img "),
+        ("nbdlink serve 'my i", "nbdlink serve 'my image' "),
+        (r"nbdlink serve data=my\ i", r"nbdlink serve data=my\ image "),
+    ],
+)
+def test_a_shell_completes_files_in_any_place(shell, typed, completed):
+    assert shell.line(typed) == completed
 
 
 def test_a_shell_completes_exports(shell, server):
@@ -322,9 +382,9 @@ def fish(line, **options):
     if shutil.which("fish") is None:
         pytest.skip("fish is not installed")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = f"source {SCRIPTS / 'nbdlink.fish'}; complete -C {line!r}"
+    script = f"source {SCRIPTS / 'nbdlink.fish'}; complete -C $argv[1]"
     done = subprocess.run(
-        ["fish", "--no-config", "-c", script],
+        ["fish", "--no-config", "-c", script, line],
         capture_output=True,
         text=True,
         env={**os.environ, "PATH": path},
@@ -349,6 +409,24 @@ def test_fish_completes(line, found):
 def test_fish_completes_files(tmp_path):
     (tmp_path / "disk.img").touch()
     assert [line.split("\t")[0] for line in fish("nbdlink serve di", cwd=tmp_path)] == ["disk.img"]
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("nbdlink serve data=di", "data=disk.img"),
+        ("nbdlink serve --pid-file=di", "--pid-file=disk.img"),
+        ("nbdlink serve --tls-certificates=ke", "--tls-certificates=keys/"),
+        ("nbdlink serve -- di", "disk.img"),
+        ("nbdlink serve 'my i", "my image"),
+        (r"nbdlink serve data=my\ i", "data=my image"),
+    ],
+)
+def test_fish_completes_files_in_any_place(tmp_path, line, found):
+    for name in ("disk.img", "my image"):
+        (tmp_path / name).touch()
+    (tmp_path / "keys").mkdir()
+    assert [each.split("\t")[0] for each in fish(line, cwd=tmp_path)] == [found]
 
 
 def test_fish_completes_exports(server):

@@ -39,7 +39,7 @@ def understood(typed):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A place with two files of the same."""
+    """A place with two files of the same size."""
     for name in ("f1", "f2"):
         (tmp_path / name).write_bytes(os.urandom(SIZE))
     return tmp_path
@@ -47,8 +47,25 @@ def folder(tmp_path):
 
 BEGIN = """
 mount -t tmpfs none /run
+mount -t tmpfs none /var/lib
 "$@"
 """
+
+
+@pytest.mark.interop
+def test_the_example_with_a_mirror(folder):
+    (folder / "f2").write_bytes((folder / "f1").read_bytes())
+    (folder / "new").write_bytes(os.urandom(SIZE))
+    script = f"""
+    {BEGIN}
+    nbdcopy new nbd://localhost:4017
+    kill $(cat /var/run/nbd-server-nbd.pid)
+    while test -e /var/run/nbd-server-nbd.pid; do sleep 0.01; done
+    """
+    words = shlex.split(MIRROR.replace("/a/", f"{folder}/"))
+    in_a_network(script, *OURS, *words, cwd=folder, mounts=True)
+    for name in ("f1", "f2"):
+        assert (folder / name).read_bytes() == (folder / "new").read_bytes()
 
 
 @pytest.mark.interop
@@ -66,7 +83,22 @@ def test_a_server_goes_to_the_background_and_is_found_by_its_signature(folder):
     in_a_network(script, *OURS, *words, cwd=folder, mounts=True)
     assert (folder / "out").read_bytes() == (folder / "f1").read_bytes()
     assert '"block_size_minimum": 4096' in (folder / "info").read_text()
-    assert f"{pid_file} belongs to process" in (folder / "again").read_text().splitlines()[0]
+    wrong, hint = (folder / "again").read_text().splitlines()
+    assert f"{pid_file} belongs to process" in wrong
+    assert hint == "  hint: stop it, or choose another -i ID"
+
+
+@pytest.mark.interop
+def test_a_server_with_a_signature_keeps_its_clients_beyond_a_reboot(folder):
+    script = f"""
+    {BEGIN}
+    tr '\\0' '\\n' </proc/$(cat /var/run/nbd-server-nbd.pid)/cmdline >words
+    ls -d /var/lib/nbdlink >made
+    kill $(cat /var/run/nbd-server-nbd.pid)
+    """
+    words = shlex.split(MIRROR.replace("/a/f2 -1", "").replace("/a/", f"{folder}/"))
+    in_a_network(script, *OURS, *words, cwd=folder, mounts=True)
+    assert (folder / "made").read_text() == "/var/lib/nbdlink\n"
 
 
 @pytest.mark.interop
@@ -120,8 +152,13 @@ def test_several_files_become_one_export(typed, becomes):
         assert translated(typed)[-len(becomes) :] == becomes
 
 
-def test_a_list_of_sizes_is_handed_on():
-    assert "--size=2G,-" in translated("1 a b -s 2G,-")
+@pytest.mark.parametrize("sizes", ["2G,-", "2G,auto", "2G,"])
+def test_a_list_of_sizes_is_handed_on(sizes):
+    assert "--size=2G,-" in translated(f"1 a b -s {sizes}")
+
+
+def test_what_is_no_size_is_an_operand():
+    assert translated("1 a auto")[-3:] == ["--linear", "./a", "./auto"]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +174,7 @@ def test_a_list_of_sizes_is_handed_on():
         ("4017 a -n", {"cache": "none"}),
         ("4017 a -ny", {"cache": "directsync"}),
         ("4017 a -a", {"write_behind": True}),
+        ("4017 a -ay", {"write_behind": False, "cache": "writethrough"}),
         ("4017 a -K", {"lock_ranges": True}),
         ("4017 a -b 1024", {"block_size": "1024"}),
         ("4017 a -i x/y", {"signature": ["x/y"], "pid_file": None}),
@@ -189,9 +227,14 @@ def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys):
 
 @pytest.mark.parametrize(
     ("option", "says"),
-    [("-w 1000", "-w: a flush waits"), ("-F 5000", "-F: all"), ("-h 0", "-h: a request")],
+    [
+        ("-w 1000", "not needed: -w: a flush waits"),
+        ("-F 5000", "not needed: -F: all"),
+        ("-h 0", "not needed: -h: a request"),
+        ("-a -y", "not done: -a: with -y"),
+    ],
 )
 def test_what_is_not_needed_is_explained_in_a_line(option, says, capsys):
     assert main(["enbd-server", "4017", "/nonexistent", "-v", *option.split()]) == 1
     told, *_ = capsys.readouterr().err.splitlines()
-    assert told.startswith(f"nbdlink: not needed: {says}")
+    assert told.startswith(f"nbdlink: {says}")

@@ -276,3 +276,10 @@ def test_nonsense_at_the_socket_does_no_harm(tmp_path, members, sent):
         code, log = end(process)
         assert code == 0
         assert "Traceback" not in log
+
+
+def test_members_are_completed_with_what_they_are_worth(degraded, tmp_path):
+    good, stale = degraded
+    with served(tmp_path, "--mirror", good, stale):
+        done = program("complete", "zsh", "mirror", "rebuild", "")
+    assert done.stdout == f"values\n{good}\tgood\n{stale}\tstale\n"

@@ -6,6 +6,7 @@ The devices are in `tests/kernel/test_nbd_client.py`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 
@@ -13,6 +14,7 @@ import pytest
 
 from nbdlink.cli import attach, nbd_client
 from nbdlink.cli.main import build_parser, main
+from nbdlink.link.config import files
 from nbdlink.uri import Target
 from tests.certificates import Authority
 
@@ -21,7 +23,8 @@ from .programs import nbdlink, run, serving
 
 def parsed(typed):
     subparsers = next(a for a in build_parser()._actions if a.dest == "verb")
-    arguments = subparsers.choices["nbd-client"].parse_intermixed_args(shlex.split(typed))
+    words = nbd_client.prepare(shlex.split(typed))
+    arguments = subparsers.choices["nbd-client"].parse_intermixed_args(words)
     nbd_client._take_old_style(arguments)
     return arguments
 
@@ -45,11 +48,26 @@ def understood(typed):
         ("-N data h 10809 /dev/nbd0", {"target": "nbd://h/data"}),
         ("-name data h 10809 /dev/nbd0", {"target": "nbd://h/data"}),
         ("--name=data h 10809 /dev/nbd0", {"target": "nbd://h/data"}),
+        # A device that is free is found, as it is by nbd-client over netlink.
+        ("h", {"target": "nbd://h", "device": None}),
+        ("h 2000", {"target": "nbd://h:2000", "device": None}),
+        ("-N data h -R", {"target": "nbd://h/data", "device": None, "read_only": True}),
+        ("-u /s", {"target": "nbd+unix://?socket=/s", "device": None}),
+        # As getopt_long_only(3) has it.
+        ("h /dev/nbd0 -b512 -C4 -t30 -Ndata", {"connections": 4, "target": "nbd://h/data"}),
+        ("h /dev/nbd0 -block 512 -con=4 --time 30", {"block_size": "512", "timeout": 30}),
+        ("h /dev/nbd0 -pnL", {"supervise": True, "ioctl": True}),
+        ("h /dev/nbd0 -per -sys", {"supervise": True}),
+        ("h /dev/nbd0 -N -x", {"target": "nbd://h/-x"}),
+        ("h /dev/nbd0 -N ''", {"target": "nbd://h"}),
         ("-unix /s /dev/nbd0 -N x", {"target": "nbd+unix:///x?socket=/s"}),
         ("-u /s /dev/nbd0", {"target": "nbd+unix://?socket=/s"}),
         ("h /dev/nbd0 -C 4 -b 4096 -t 60", {"connections": 4, "block_size": "4096"}),
         ("h /dev/nbd0 -connections 4 -block-size 512 -timeout 60", {"timeout": 60}),
         ("h /dev/nbd0 -t 0", {"timeout": None}),
+        # Of newer versions than Debian's.
+        ("h /dev/nbd0 -dead-timeout 60 -i me", {"dead_timeout": 60}),
+        ("h /dev/nbd0 -T 0", {"dead_timeout": 0}),
         ("h 2000 /dev/nbd0 bs=1024 timeout=7", {"block_size": "1024", "timeout": 7}),
         ("h /dev/nbd0 -R", {"read_only": True}),
         ("h /dev/nbd0 -readonly -L", {"read_only": True, "ioctl": True}),
@@ -84,20 +102,40 @@ def test_each_option_becomes_one_of_attach(typed, means):
         ("h /dev/nbd0 -S", "-sdp is not available: the Socket Direct Protocol is gone"),
         ("h /dev/nbd0 -B 512", "-size is not available"),
         ("h /dev/nbd0 -P", "-preinit is not available"),
-        ("nbd0 -R", "-readonly goes with a host"),
-        ("nbd0 -N x", "-name goes with a host"),
-        ("nbd0", "there is no configured link named 'nbdtab-nbd0'"),
+        ("h -p", "-persist looks after a device that is named"),
+        ("h 99999 /dev/nbd0", "99999 is not a port"),
+        ("h /dev/nbd0 -N", "argument"),
+        ("nbd0 -A ca", "-cacertfile goes with a host"),
+        ("nbd0", "/etc/nbdtab has no line for nbd0"),
         ("-d /dev/nbd0 -c /dev/nbd0", "-d, -c and -l exclude each other"),
         ("-c /dev/nbd0 x", "'x' is too much"),
         ("-l", "0 words, where there should be HOST [PORT]"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("nbdlink.link.config.files.NBDTAB", tmp_path / "nbdtab")
-    assert main(["nbd-client", *shlex.split(typed)]) == 2
+def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys):
+    with contextlib.suppress(SystemExit):  # by argparse, with 2 as well
+        assert main(["nbd-client", *shlex.split(typed)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert says in lines[0]
     assert len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "persists", "besides"),
+    [
+        ("nbd0", False, {}),
+        ("/dev/nbd1", True, {}),
+        ("nbd0 -p", True, {}),
+        ("nbd0 -R -L -n", False, {"read_only": True, "road": "ioctl"}),
+    ],
+)
+def test_a_line_of_nbdtab_and_what_is_said_besides(typed, persists, besides, tmp_path, monkeypatch):
+    table, nothing = tmp_path / "nbdtab", tmp_path / "none"
+    table.write_text("# disks\nnbd0 h data\nnbd1\th data  unix,persist,bs=1024 # comment\n")
+    monkeypatch.setattr(files.load, "__defaults__", (nothing, nothing, table))
+    arguments = parsed(typed)
+    device = nbd_client._nbdtab_device(arguments)
+    assert (nbd_client._look_up(device, arguments), arguments.persist) == (besides, persists)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +144,7 @@ def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys, tmp_path, mo
         ("-swap", "not needed: -swap"),
         ("-m", "not needed: -systemd-mark"),
         ("-g", "not needed: -no-optgo"),
+        ("-ime", "not needed: -identifier"),
         ("-x", "without -A FILE the server is not verified"),
     ],
 )
@@ -115,14 +154,23 @@ def test_what_differs_is_explained_in_a_line(option, says, capsys):
     assert first.startswith(f"nbdlink: {says}")
 
 
+def test_help_is_told_in_nbd_clients_spelling(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["nbd-client", "-help"])
+    assert caught.value.code == 0
+    assert "-block-size" in capsys.readouterr().out
+
+
 def test_a_device_is_detached(monkeypatch):
     said = []
+    monkeypatch.setattr("nbdlink.kernel.sysfs.exists", lambda index: True)
+    monkeypatch.setattr("nbdlink.kernel.sysfs.pid", lambda index: 1)
     monkeypatch.setattr("nbdlink.link.attach.detach", lambda *a, **o: said.append((a, o)) or "x")
     assert main(["nbd-client", "-d", "/dev/nbd0"]) == 0
     assert said == [(("/dev/nbd0",), {"force": False})]
 
 
-@pytest.mark.parametrize("device", ["/dev/nbd4095", "/dev/null", "/nonexistent"])
+@pytest.mark.parametrize("device", ["/dev/nbd4095", "/dev/nbd4095p1", "/dev/null", "/nonexistent"])
 def test_what_is_not_attached_is_told_by_the_exit_status_alone(device, capsys):
     assert main(["nbd-client", "-c", device]) == 1
     assert capsys.readouterr() == ("", "")
@@ -165,3 +213,5 @@ def test_a_list_is_asked_over_tls(image, tmp_path):
         refused = nbdlink("nbd-client", "-l", "localhost", port)
     assert (done.returncode, done.stdout.splitlines()[1:]) == (0, ["data"])
     assert refused.returncode == 1
+    # Hints name the options of this command line.
+    assert refused.stderr.splitlines()[-1] == "  hint: say -x, or -A FILE"

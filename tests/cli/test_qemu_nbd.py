@@ -167,9 +167,18 @@ def test_a_device_is_served_in_the_background():
 
 def test_a_device_is_detached(monkeypatch):
     said = []
+    monkeypatch.setattr("nbdlink.kernel.sysfs.exists", lambda index: True)
+    monkeypatch.setattr("nbdlink.kernel.sysfs.pid", lambda index: 1)
     monkeypatch.setattr("nbdlink.link.attach.detach", lambda *a, **o: said.append((a, o)) or "x")
     assert main(["qemu-nbd", *words_of(NO_DEVICE)]) == 0
     assert said == [(("/dev/nbd0",), {"force": False})]
+
+
+def test_what_is_not_attached_is_detached_already(monkeypatch, capsys):
+    monkeypatch.setattr("nbdlink.kernel.sysfs.exists", lambda index: True)
+    monkeypatch.setattr("nbdlink.kernel.sysfs.pid", lambda index: None)
+    assert main(["qemu-nbd", *words_of(NO_DEVICE)]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.interop
@@ -215,6 +224,11 @@ def test_its_defaults_are_qemu_nbds():
         ("-e 0 -t x", {"shared": 0, "persistent": True, "once": False}),
         ("x -o 1M -D words", {"offset": "1M", "description": "words"}),
         ("-k /s x", {"socket": "/s", "bind": []}),
+        ("-k /s -p 1 -b ::1 x", {"socket": "/s", "bind": [], "port": None}),
+        ("-fraw -k/s -xfoo -rt -e5 x", {"format": "raw", "shared": 5, "read_only": True}),
+        ("--aio io_uring x", {"aio": "threads"}),
+        ("-T nbd_negotiate* -T nbd_* x", {"trace": ["enable=nbd_server", "nbd_*"]}),
+        ("-T bdrv_co_*,file=f x", {"trace": []}),
         ("--cache=unsafe --discard=unmap x", {"cache": "unsafe", "discard": "unmap"}),
         ("-c /dev/nbd3 -v x", {"attach": "/dev/nbd3", "fork": False}),
         ("a=b", {"storage": ["./a=b"]}),
@@ -242,8 +256,7 @@ def test_each_option_becomes_one_of_serve(typed, understood):
         ("ssh://host/x", "ssh: is no file"),
         ("nbd:host", "nbd: is no file"),
         ("nbd://h:x", "is not a port"),
-        ("-k s -p 1 x", "--socket goes without"),
-        ("--aio native -n -f raw x", "aio=native is not available"),
+        ("--aio native -f raw x", "--aio native goes without the page cache only"),
         ("--detect-zeroes unmap -f raw x", "discard=ignore forbids"),
         ("-n --cache unsafe x", "--nocache is --cache none"),
         ("--image-opts -f raw driver=raw,file.filename=x", "names the format itself"),
@@ -254,7 +267,7 @@ def test_each_option_becomes_one_of_serve(typed, understood):
         ("--object tls-creds-x509,id=a,priority=N x", "priority is not understood"),
         ("--object tls-creds-x509,id=a,dir=d --tls-creds a x", "are a client's"),
         ("-l snapshot.id=1,nonsense=2 x", "nonsense is not understood"),
-        ("-T nonsense x", "nothing of that name can be traced"),
+        ("-T nonsense=x x", "nonsense is not understood"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys, tmp_path, monkeypatch):
@@ -264,6 +277,21 @@ def test_what_cannot_be_done_is_said_in_a_line(typed, says, capsys, tmp_path, mo
     lines = capsys.readouterr().err.splitlines()
     assert says in lines[0]
     assert len(lines) <= 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("--aio io_uring", "not needed: --aio io_uring: requests are done in threads"),
+        ("-n --aio native", "not needed: --aio native: requests are done in threads"),
+        ("-k s -p 1", "not done: --port and --bind"),
+        ("-T bdrv_co_*", "not done: --trace bdrv_co_*: nothing of that name"),
+    ],
+)
+def test_what_is_not_needed_is_explained_in_a_line(typed, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["qemu-nbd", *typed.split(), "-f", "raw", "missing"]) == 1
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"nbdlink: {says}")
 
 
 def test_the_version_is_told(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -12,7 +13,12 @@ import types
 import pytest
 
 import nbdlink
+from nbdlink.cli import serve
+from nbdlink.cli.storage import storage_spec
 from nbdlink.client.negotiate import Negotiation
+from nbdlink.storage.blocksize import BlockSizes
+from nbdlink.storage.open import CACHE_MODES, Part
+from nbdlink.storage.writebehind import DEFAULT_MEMORY
 from nbdlink.uri import Target
 
 from ..server.fakes import RawClient
@@ -206,7 +212,42 @@ def test_an_image_smaller_than_a_block_is_refused(tmp_path):
     assert "has 512 bytes, less than a block of 4096" in done.stderr
 
 
+# Who dawdles.
+
+
+def test_the_time_to_choose_an_export_is_what_was_said(image, tmp_path):
+    words = ["-v", "-k", tmp_path / "s", "--negotiation-timeout", "1", image]
+    with serving(*words) as (process, _), socket.socket(socket.AF_UNIX) as dawdler:
+        dawdler.connect(str(tmp_path / "s"))
+        while dawdler.recv(100):
+            pass
+        assert "lost in the handshake: no answer within 1 seconds" in end(process)[1]
+
+
 # How writes are done.
+
+
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("--lock-ranges", {"lock_ranges": True}),
+        ("--write-behind", {"write_behind": DEFAULT_MEMORY}),
+        ("--write-behind --write-behind-memory 4M", {"write_behind": 4 << 20}),
+        ("--block-size 512,4K,1M", {"block_sizes": BlockSizes(512, 4096, 1 << 20)}),
+        ("--cache writethrough", {"cache": CACHE_MODES["writethrough"]}),
+        ("--cache directsync", {"cache": CACHE_MODES["directsync"]}),
+        ("-n", {"cache": CACHE_MODES["none"]}),
+        ("-r", {"read_only": True}),
+        ("--size 4K", {"parts": (Part(0, 4096),)}),
+        ("--discard ignore", {"discard": "ignore"}),
+        ("--discard unmap --detect-zeroes unmap", {"detect_zeroes": "unmap"}),
+    ],
+)
+def test_what_is_typed_comes_to_the_storage(typed, means):
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser, "serve")
+    spec = storage_spec(parser.parse_args([*typed.split(), "x"]), "x")
+    assert {name: getattr(spec, name) for name in means} == means
 
 
 @pytest.mark.parametrize("option", ["--write-behind", "--lock-ranges"])

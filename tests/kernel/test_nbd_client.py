@@ -43,7 +43,7 @@ def test_a_device_comes_is_checked_as_by_nbd_client_and_goes(server, image, capf
     words = ["-N", "data", "127.0.0.1", server.port, "/dev/nbd3", "-C", 2, "-b", 4096, "-swap"]
     assert typed(*words) == 0
     out, err = capfd.readouterr()
-    assert out == "/dev/nbd3\n"
+    assert out == "Connected /dev/nbd3\n"
     assert err.startswith("nbdlink: not needed: -swap")
     assert sysfs.size(3) == SIZE
     assert head("/dev/nbd3") == image.read_bytes()[:4096]
@@ -51,19 +51,37 @@ def test_a_device_comes_is_checked_as_by_nbd_client_and_goes(server, image, capf
     ours = capfd.readouterr().out
     theirs = subprocess.run(["nbd-client", "-c", "/dev/nbd3"], capture_output=True, text=True)
     assert (theirs.returncode, theirs.stdout.strip()) == (0, ours.strip())
+    assert typed("-c", "/dev/nbd3p1") == 0
+    assert capfd.readouterr().out == ours
     assert typed("-d", "/dev/nbd3") == 0
     assert typed("-c", "/dev/nbd3") == 1
     assert capfd.readouterr().out == ""
 
 
-def test_a_device_of_nbdtab_is_attached_by_its_name(server, tmp_path, monkeypatch):
+def test_what_is_not_attached_is_detached_already(capfd):
+    assert typed("-d", "/dev/nbd3") == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_free_device_is_found(server, capfd):
+    assert typed("-N", "data", "127.0.0.1", server.port) == 0
+    said, device = capfd.readouterr().out.split()
+    assert said == "Connected"
+    assert sysfs.pid(sysfs.index_of(device)) is not None
+
+
+def test_a_device_of_nbdtab_is_attached_by_its_name(server, tmp_path, monkeypatch, capfd):
     table = tmp_path / "nbdtab"
     table.write_text(f"nbd4 127.0.0.1 data port={server.port},bs=1024\n")
     nothing = tmp_path / "none"
     monkeypatch.setattr(files.load, "__defaults__", (nothing, nothing, table))
-    assert typed("nbd4") == 0
+    # What the table has no words for is said beside it.
+    assert typed("nbd4", "-R", "-L", "-t", 7) == 0
     assert record.read(4).name == "nbdtab-nbd4"
     assert Path("/sys/block/nbd4/queue/logical_block_size").read_text() == "1024\n"
+    assert sysfs.read_only(4)
+    assert record.read(4).road == "ioctl"
+    assert "-timeout has no effect" in capfd.readouterr().err
 
 
 def test_a_device_that_persists_outlives_its_server_and_ends_with_detach(server, image, tmp_path):

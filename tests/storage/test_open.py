@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 
 from nbdlink.errors import ConfigError, StorageError
+from nbdlink.storage.blocksize import BlockSized, BlockSizes
 from nbdlink.storage.direct import DirectStorage
 from nbdlink.storage.firstsector import FirstSector
 from nbdlink.storage.open import CACHE_MODES, Cache, Part, StorageSpec, open_storage
 from nbdlink.storage.overlay import Overlay
 from nbdlink.storage.policy import Policy
+from nbdlink.storage.rangelocks import LockedRanges
 from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.window import Window
+from nbdlink.storage.writebehind import WriteBehind
 
 from .arrays import read, write
 
@@ -63,6 +66,10 @@ def opened(image):
         ({"format": "raw", "discard": "ignore"}, Policy),
         ({"format": "raw", "detect_zeroes": "on"}, Policy),
         ({"format": "raw", "parts": (Part(512), Part(512))}, Window),
+        ({"format": "raw", "write_behind": 1 << 20}, WriteBehind),
+        ({"format": "raw", "lock_ranges": True}, LockedRanges),
+        ({"format": "raw", "lock_ranges": True, "write_behind": 1 << 20}, LockedRanges),
+        ({"format": "raw", "block_sizes": BlockSizes(512, 4096, 4096)}, BlockSized),
     ],
 )
 def test_a_layer_is_there_if_it_is_needed(opened, options, kind):
