@@ -32,9 +32,19 @@ from pathlib import Path
 from . import UnavailableError, VMError, boot, kernels, program, qemu, show
 
 _RESULTS = Path("build/test-results")
-_SPREAD = (("test_faults.py", "test_documents.py"), ("test_renew.py", "test_supervisor.py"))
-"""Tests that take many minutes under emulation, in parts that take as long: of several kernels
-each runs one. What depends on the kernel's version in them is the rest's business."""
+_SPREAD = (
+    (
+        "test_faults.py",
+        "test_documents.py",
+        "test_attach_peers.py",
+        "test_serve_attach.py",
+        "test_watch.py",
+    ),
+    ("test_renew.py", "test_supervisor.py"),
+)
+"""Tests that take many minutes under emulation: of several kernels each runs one of these parts,
+the first one, which starts earlier, a little more. What depends on the kernel's version in them is
+the rest's business."""
 _GUEST_SECONDS = 2700.0
 _AT_A_TIME = 2
 _GLANCE = 0.5
