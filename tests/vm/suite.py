@@ -120,8 +120,8 @@ class _Aside:
         """Plan the part that `words` name on the command line of this program."""
         self.name = " ".join(words).removeprefix("--")
         results.mkdir(parents=True, exist_ok=True)
-        stem = results / self.name.replace(" ", "-")
-        self._log, self._closing_line = stem.with_suffix(".log"), stem.with_suffix(".counts")
+        stem = self.name.replace(" ", "-")  # with a version's dot in it
+        self._log, self._closing_line = results / f"{stem}.log", results / f"{stem}.counts"
         # What one that dies leaves empty says the right thing, too.
         for path in (self._log, self._closing_line):
             path.write_text("")
