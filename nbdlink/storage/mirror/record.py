@@ -200,6 +200,7 @@ class RecordFile:
             )
         self._sequence, self.state = max(found, key=lambda each: each[0])
         self._bitmap = bytearray(data[_BITMAP_AT:].ljust(REGIONS // 8, b"\xff"))
+        self._is_bitmap_known = True  # whether the file has what we have
 
     @classmethod
     def create(cls, path: Path, state: State) -> None:
@@ -288,13 +289,16 @@ class RecordFile:
         bitmap = bytearray(REGIONS // 8)
         for each in regions:
             bitmap[each // 8] |= 1 << each % 8
+        # If it fails, any sector of it may be in the file or not, so all are written next time.
+        was_known, self._is_bitmap_known = self._is_bitmap_known, False
         for at in range(0, len(bitmap), _SECTOR):
             sector = bitmap[at : at + _SECTOR]
-            if sector != self._bitmap[at : at + _SECTOR]:
+            if not was_known or sector != self._bitmap[at : at + _SECTOR]:
                 _write(self._fd, sector, _BITMAP_AT + at)
         if durably:
             os.fdatasync(self._fd)
         self._bitmap = bitmap
+        self._is_bitmap_known = True
 
     def close(self) -> None:
         """Let go of it."""
