@@ -6,6 +6,7 @@ import errno
 import logging
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from nbdlink.storage.mirror.copies import Copies
 from nbdlink.storage.mirror.members import Member, words
@@ -97,7 +98,7 @@ class Membership:
         if member.entry.state == "stale":
             return
         was = member.entry.state
-        member.entry = member.entry.become("stale", reason)
+        member.entry = replace(member.entry.become("stale", reason), doubted=True)
         member.behind = set()
         self._version += 1
         self.lock.notify_all()

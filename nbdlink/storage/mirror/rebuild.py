@@ -78,7 +78,7 @@ class Rebuilder:
         begin = region * mirror.region
         end = min(begin + mirror.region, mirror.size)
         with mirror.hold(begin, end - begin):
-            done = self._are_both_empty(member, begin, end - begin)
+            done = not member.entry.doubted and self._are_both_empty(member, begin, end - begin)
         while not done and begin < end:
             if mirror.is_closing or not member.takes_writes:
                 return
@@ -103,10 +103,11 @@ class Rebuilder:
             self._give_up(member, f"what it lacks cannot be read: {words(error)}")
             return False
         mirror.drop_failed(failed)
-        with contextlib.suppress(OSError):  # then it is written, which tells more
-            storage.read_into(ours, offset)
-            if _same(ours, theirs):
-                return True
+        if not member.entry.doubted:
+            with contextlib.suppress(OSError):  # then it is written, which tells more
+                storage.read_into(ours, offset)
+                if _same(ours, theirs):
+                    return True
         try:
             if is_zero(theirs):
                 storage.zero(offset, length, may_trim=True, fast=False, fua=False)

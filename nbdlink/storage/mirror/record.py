@@ -66,6 +66,7 @@ class Entry:
         keeps_copy: whether a copy of the record lies beside it, as it does with regular files.
         reason: why it is not good; empty if it is.
         since: when it came to that state, in seconds since the epoch.
+        doubted: whether it has failed, so that what is read from it need not be on its disk.
     """
 
     address: str
@@ -75,10 +76,14 @@ class Entry:
     state: MemberState = "good"
     reason: str = ""
     since: float = 0.0
+    doubted: bool = False
 
     def become(self, state: MemberState, reason: str = "") -> Entry:
-        """Give the entry with another state."""
-        return replace(self, state=state, reason=reason, since=round(time.time(), 3))
+        """Give the entry with another state; one that is good is not doubted any more."""
+        doubted = self.doubted and state != "good"
+        return replace(
+            self, state=state, reason=reason, since=round(time.time(), 3), doubted=doubted
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ The rules, by which nothing that was acknowledged is ever lost, and no old data 
     during which nothing is written to that piece. What is written meanwhile goes to it as well.
     When all is done it is flushed, then recorded as good, and read only after that.
 11. If the server ends before, a new one begins the rebuild again; what is the same already is not
-    written again.
+    written again. But to a member that has failed all is written: pages whose write-back failed
+    count as clean, so that what is read from them may be right without being on the disk.
 12. A member that comes back is stale as long as the record says so, whatever it looks like.
 
 What happens at the start, when some members are missing or say different things, is in
