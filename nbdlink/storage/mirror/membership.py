@@ -174,10 +174,15 @@ class Membership:
     def promote(self, member: Member) -> None:
         """Make a member good that has been given everything, and flushed; see rule 10.
 
+        It is not if a write has failed everywhere meanwhile, so that it lacks something again.
+
         Raises:
             OSError: it cannot be recorded.
         """
         with self.recording:
+            with self.lock:
+                if member.behind:
+                    return
             self._commit(member)
             with self.lock:
                 if member.entry.state == "rebuilding":

@@ -219,6 +219,30 @@ class Mirror(Storage):
             raise as_os_error(next(iter(failed.values())))
         raise OSError(errno.EIO, f"{self.name}: no other good member has it")
 
+    @contextlib.contextmanager
+    def using(
+        self, but: Collection[Member], offset: int, length: int, at: int | None = None
+    ) -> Iterator[Storage | None]:
+        """Give a good member that has a range, and keep it open meanwhile; None if there is none.
+
+        Args:
+            but: members that are not to be asked.
+            offset: where the range begins.
+            length: its bytes, at least one.
+            at: the place that the member is chosen by; None for `offset`.
+        """
+        with self.lock:
+            regions = self._regions(offset, length)
+            member = choose(self.members, but, regions, offset if at is None else at)
+            if member:
+                member.users += 1
+        try:
+            yield member.storage if member else None
+        finally:
+            if member:
+                with self.lock:
+                    self.membership.leave((member,))
+
     def drop_failed(self, failed: dict[Member, Exception]) -> None:
         """Drop members that could not read what others could; see rule 6."""
         if not failed:
@@ -234,25 +258,22 @@ class Mirror(Storage):
         """Have the member read ahead that will be read."""
         if not length:
             return
-        with self.lock:
-            member = choose(self.members, (), self._regions(offset, length), offset)
-        if member and member.storage:
-            member.storage.cache(offset, length)
+        with self.using((), offset, length) as storage:
+            if storage:
+                storage.cache(offset, length)
 
     def extents(self, context: str, offset: int, length: int) -> Iterator[Extent]:
         """Tell what a good member tells; if it fails, the rest is data."""
         if not length:
             return
-        with self.lock:
-            member = choose(self.members, (), self._regions(offset, length), 0)
         done = 0
-        if member and member.storage:
+        with self.using((), offset, length, at=0) as storage:
             try:
-                for extent in member.storage.extents(context, offset, length):
+                for extent in storage.extents(context, offset, length) if storage else ():
                     yield extent
                     done += extent.length
             except OSError as error:
-                _log.warning("%s: what is allocated cannot be told: %s", member.name, error)
+                _log.warning("%s: what is allocated cannot be told: %s", self.name, error)
         if done < length:
             yield Extent(length - done, 1 if context == DEPTH_CONTEXT else 0)
 

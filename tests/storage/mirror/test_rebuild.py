@@ -95,6 +95,25 @@ def test_it_is_flushed_before_it_is_recorded_as_good(place):
     assert peek(place.path("a.mirror")).members[1].state == "good"
 
 
+def test_a_write_that_fails_everywhere_at_last_keeps_it_from_being_good(place):
+    mirror = without(place, "b", "a", "b")
+    genuine, found = mirror.membership.promote, []
+
+    def promote(member):
+        if not found:
+            place.fail("a", "write")
+            with pytest.raises(OSError, match="error"):
+                write(mirror, b"y", 0)
+            place.storages["a"].failing.clear()
+        genuine(member)
+        found.append(member.entry.state)
+
+    mirror.membership.promote = promote
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert found == ["rebuilding", "good"]
+
+
 def test_it_is_not_read_before_it_is_good(place):
     place.make("b")
     mirror = without(place, "b", "a", "b")
