@@ -10,7 +10,7 @@ import threading
 import pytest
 from hypothesis import given, settings
 
-from nbdlink.errors import OptionError, StorageError
+from nbdlink.errors import OptionError, StorageError, TransportError
 from nbdlink.server import serve_in_thread
 from nbdlink.storage.base import Storage
 from nbdlink.storage.open import Part, StorageSpec, open_storage
@@ -273,6 +273,28 @@ def test_a_silent_server_is_an_error(server):
     assert fails(remote.flush, why="perhaps what was written") == errno.EIO
     server.behind.gate.set()
     remote.close()
+
+
+def test_who_opens_it_anew_waits_for_what_the_last_one_left(server):
+    remote = RemoteStorage.open(server.target, request_timeout=0.05)
+    server.behind.gate.clear()
+    server.behind.waits = True
+    fails(write, remote, b"x", 0, why="no reply within 0.05 seconds")
+    remote.close()
+    for _ in range(2):
+        with pytest.raises(TransportError, match="no answer"):
+            RemoteStorage.open(server.target, timeout=0.3)
+    server.behind.gate.set()
+    remote = RemoteStorage.open(server.target)
+    assert read(remote, 0, 1) == b"x"
+    remote.close()
+
+
+def test_two_storages_of_one_export_leave_each_other_alone(server, remote):
+    another = RemoteStorage.open(server.target)
+    write(remote, b"x", 0)
+    assert read(another, 0, 1) == b"x"
+    another.close()
 
 
 def test_threads_that_wait_learn_of_a_silent_server_together(server):
