@@ -130,7 +130,7 @@ class RemoteStorage(Storage):
         self._request_timeout = request_timeout
         # Names this storage to servers that are nbdlink's, so that they let nothing of a
         # connection live when its successor comes.
-        self._session, self._generation = _ended.pop(target, None) or (secrets.token_hex(16), -1)
+        self._session, self._generation = _ended.pop(target, (secrets.token_hex(16), -1))
         self._lock = threading.Lock()
         self._renewing = threading.Lock()
         self._attempts = 0

@@ -37,6 +37,7 @@ class Membership:
         self.recording = threading.Lock()
         self._name = name
         self._regions = copies.regions
+        self._size = copies.state.size
         self._version = self._recorded = 0
 
     def enter(self) -> list[Member]:
@@ -145,7 +146,9 @@ class Membership:
                     else each.entry
                     for each in self.members
                 ]
-            failed = self.copies.write(self.copies.state.changed(entries), self._regions)
+            failed = self.copies.write(
+                self.copies.state.changed(entries, self._size), self._regions
+            )
             if failed:
                 self._lose_copies(failed, promoted)
             with self.lock:
@@ -195,6 +198,20 @@ class Membership:
         member.entry = entry
         self._version += 1
         self.lock.notify_all()
+
+    def record_size(self, size: int) -> None:
+        """Record that the mirror has grown.
+
+        Raises:
+            OSError: EIO, no complete member's copy could be written; others may tell of it.
+        """
+        with self.recording:
+            before, self._size = self._size, size
+            try:
+                self._commit()
+            except OSError:
+                self._size = before
+                raise
 
     def record_regions(self, regions: set[int], *, durably: bool) -> None:
         """Record the intent bitmap; the recording lock is held.

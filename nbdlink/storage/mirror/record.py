@@ -94,7 +94,7 @@ class State:
         mirror: its number, which never changes.
         size: bytes.
         region: bytes that a bit of the intent bitmap stands for.
-        generation: how often the membership has changed.
+        generation: how often anything of this has changed.
         token: a random word for this change of it.
         history: those of the changes before, oldest first.
         members: in the order in which they were given first.
@@ -121,10 +121,11 @@ class State:
             members=tuple(members),
         )
 
-    def changed(self, members: Iterable[Entry]) -> State:
-        """Give the state that follows with other members, or other states of theirs."""
+    def changed(self, members: Iterable[Entry], size: int | None = None) -> State:
+        """Give the state that follows with other members, other states of theirs, or more bytes."""
         return replace(
             self,
+            size=self.size if size is None else size,
             generation=self.generation + 1,
             token=secrets.token_hex(4),
             history=(*self.history, self.token)[-_REMEMBERED:],
@@ -169,10 +170,14 @@ class State:
         return state
 
 
-def region_size(size: int) -> int:
-    """Give how large a mirror's regions are: a power of two."""
-    region = SMALLEST_REGION
-    while -(-size // region) > REGIONS:
+def most_bytes(region: int) -> int:
+    """Give how large a mirror can be that has regions of that size."""
+    return region * REGIONS
+
+
+def region_size(size: int, region: int = SMALLEST_REGION) -> int:
+    """Give how large a mirror's regions are: `region`, or twice as much as often as it takes."""
+    while size > most_bytes(region):
         region *= 2
     return region
 

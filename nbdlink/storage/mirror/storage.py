@@ -35,6 +35,11 @@ The rules, by which nothing that was acknowledged is ever lost, and no old data 
     written again. But to a member that has failed all is written: pages whose write-back failed
     count as clean, so that what is read from them may be right without being on the disk.
 12. A member that comes back is stale as long as the record says so, whatever it looks like.
+13. Once all members that are written to have grown, the mirror grows. What they have there may
+    differ: so the regions are put into the bitmap first, as if they were being written to, then
+    the new size is recorded, and then it counts, for everybody at once. Of what is new the first
+    complete member's content counts, as it does under rule 8, and the others are given that.
+    After a crash in between, the record has the old size or the new one with these regions.
 
 What happens at the start, when some members are missing or say different things, is in
 `nbdlink.storage.mirror.opening`.
@@ -52,6 +57,7 @@ from typing import Any, Final
 
 from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, DEPTH_CONTEXT
+from nbdlink.sizes import format_size
 from nbdlink.storage.base import Storage
 from nbdlink.storage.composite.together import Threads, one_by_one
 from nbdlink.storage.mirror.admission import Admission
@@ -60,6 +66,7 @@ from nbdlink.storage.mirror.intent import Intent
 from nbdlink.storage.mirror.members import Member, choose, words
 from nbdlink.storage.mirror.membership import Membership, as_os_error
 from nbdlink.storage.mirror.rebuild import Rebuilder
+from nbdlink.storage.mirror.record import most_bytes
 from nbdlink.storage.ranges import RangeLock
 from nbdlink.uri import is_uri
 
@@ -74,7 +81,11 @@ IDLE: Final = 5.0
 class Mirror(Storage):
     """Storages with the same data. Made by `nbdlink.storage.mirror.opening.open_mirror`.
 
-    It keeps the size that it was made with.
+    Attributes:
+        mirror: its number.
+        region: bytes in a region.
+        least: bytes that a member has to have: its size, or what it is growing to.
+        membership: its members, and what is recorded of them.
     """
 
     can_trim = True
@@ -86,6 +97,7 @@ class Mirror(Storage):
         *,
         read_only: bool,
         another: Callable[[str], Storage],
+        may_grow: bool = True,
         idle: float = IDLE,
     ) -> None:
         """Take over open members and the copies of their record; at least one is good.
@@ -95,11 +107,12 @@ class Mirror(Storage):
             copies: of the record.
             read_only: whether nothing may be written, the record included.
             another: opens a storage that is to become a member, by its address.
+            may_grow: whether it is to become as large as its members do.
             idle: see `IDLE`.
         """
         state = copies.state
         self.mirror = state.mirror
-        self.size = state.size
+        self.size = self.least = state.size
         self.region = state.region
         self.read_only = read_only
         self.name = "mirror of " + ", ".join(each.name for each in members)
@@ -118,6 +131,9 @@ class Mirror(Storage):
             if all(context in each.contexts for each in storages)
         )
         self._idle = idle
+        self._may_grow = may_grow and not read_only
+        self._growing = threading.Lock()
+        self._told_limit = False
         self._ranges = RangeLock()
         self._threads = Threads("nbd-mirror")
         self._admission = Admission(self, another)
@@ -131,7 +147,8 @@ class Mirror(Storage):
 
     def _find_differences(self) -> None:
         """Note which members have to be given what at the start; see rules 8 and 11."""
-        dirty = self._intent.regions
+        # Others were about to be added by growing.
+        dirty = self._intent.regions.intersection(self.all_regions())
         first = next(each for each in self.members if each.is_good)
         for each in self.members:
             if each.is_good and each is not first:
@@ -176,6 +193,66 @@ class Mirror(Storage):
     def signature(self) -> str | None:
         """The mirror's number: it is the same data, whichever members there are."""
         return f"auto:mirror-{self.mirror}"
+
+    # Growing.
+
+    def notice_growth(self) -> None:
+        """Grow if all members have that are written to; see rule 13."""
+        if not self._may_grow:
+            return
+        with self._growing:
+            members = self.membership.enter()
+            try:
+                for each in members:
+                    if each.storage:
+                        each.storage.notice_growth()
+                with self.lock:
+                    size = self._common_size()
+                    if size <= self.size or self._closing:
+                        return
+                    self.least = size
+            finally:
+                with self.lock:
+                    self.membership.leave(members)
+            try:
+                self._grow(size)
+            except OSError as error:
+                _log.error("%s cannot grow: %s", self.name, words(error))
+
+    def _common_size(self) -> int:
+        """Give the bytes that all have which are written to; the lock is held."""
+        size = min(each.storage.size for each in self.members if each.storage and each.takes_writes)
+        size = size // self.minimum_block * self.minimum_block
+        if size > most_bytes(self.region):
+            size = most_bytes(self.region)
+            if not self._told_limit:
+                self._told_limit = True
+                _log.warning(
+                    "%s: its members have more than %s; restart the server to use all of them",
+                    self.name,
+                    format_size(size),
+                )
+        return size
+
+    def _grow(self, size: int) -> None:
+        """Take what all members have to a size.
+
+        Raises:
+            OSError: it cannot be recorded.
+        """
+        regions = range(self.size // self.region, -(-size // self.region))
+        self._intent.begin(regions)
+        # If this fails they stay in the bitmap: there may be copies that tell of the new size.
+        self.membership.record_size(size)
+        with self.lock:
+            first = next(each for each in self.members if each.is_complete)
+            for each in self.members:
+                if each is not first and each.takes_writes:
+                    each.fall_behind(regions)
+            self.size = size
+            self.lock.notify_all()
+        self._intent.end(regions)
+        _log.warning("%s has grown to %s", self.name, format_size(size))
 
     # Reading.
 
