@@ -294,6 +294,7 @@ class RemoteStorage(Storage):
                 raise OSError(errno.EIO, self._refusal) from None
             with self._lock:
                 self._line = _Line(connection)
+                self.size = connection.export.size
         old.connection.close()
         _log.warning("%s: connected anew", self.name)
 
@@ -306,8 +307,11 @@ class RemoteStorage(Storage):
         known = self._export
         missing = known.flags & _PROMISED & ~export.flags
         signatures = {known.testimony.signature, export.testimony.signature} - {None}
-        if export.size != known.size:
-            wrong = f"it has {export.size} bytes, not {known.size}"
+        # Only of a file that is known to be the same one can it be said that it has grown.
+        is_known = None not in (known.testimony.signature, export.testimony.signature)
+        has_grown = is_known and export.size > self.size
+        if export.size != self.size and not has_grown:
+            wrong = f"it has {export.size} bytes, not {self.size}"
         elif export.minimum_block > known.minimum_block:
             wrong = f"it demands blocks of {export.minimum_block} bytes, not {known.minimum_block}"
         elif export.read_only and not self.read_only:

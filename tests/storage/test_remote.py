@@ -14,6 +14,7 @@ from nbdlink.errors import OptionError, StorageError, TransportError
 from nbdlink.server import serve_in_thread
 from nbdlink.storage.base import Storage
 from nbdlink.storage.open import Part, StorageSpec, open_storage
+from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.remote import RemoteStorage
 from nbdlink.storage.remotefile import RemoteFile
 from nbdlink.uri import Target
@@ -251,6 +252,25 @@ def test_another_export_is_not_taken_for_the_same(server, remote, size):
     server.behind = known
     server.start()
     assert read(remote) == known.data
+
+
+def test_a_file_that_is_known_to_be_the_same_may_have_grown(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+    server = Server(tmp_path / "socket", RawStorage.open(path))
+    remote = RemoteStorage.open(server.target)
+    if remote.signature is None:
+        pytest.skip("this file system does not tell one file from another")
+    server.stop()
+    fails(read, remote)
+    os.truncate(path, 2 * SIZE)
+    server.behind = RawStorage.open(path)
+    server.start()
+    assert len(read(remote)) == SIZE
+    assert remote.size == 2 * SIZE
+    write(remote, b"x", 2 * SIZE - 1)
+    remote.close()
+    server.stop()
 
 
 @pytest.mark.parametrize(
