@@ -232,7 +232,7 @@ def test_another_device_at_the_path_of_a_member_is_refused(tmp_path, loop, disks
     path.symlink_to(loop[0])
     mirror(disks[0].path, path).close()
     path.unlink()
-    path.symlink_to(disks[1].path)  # which has nothing that would tell it from others
+    path.symlink_to(disks[1].below)  # which has nothing that would tell it from others
     with pytest.raises(StorageError, match="it is another file or device than it was"):
         mirror(disks[0].path, path)
 
