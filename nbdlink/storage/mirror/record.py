@@ -213,13 +213,13 @@ class RecordFile:
         self._is_bitmap_known = True  # whether the file has what we have
 
     @classmethod
-    def create(cls, path: Path, state: State) -> None:
+    def create(cls, path: Path, state: State, regions: Iterable[int] = ()) -> None:
         """Make a record, durably and as a whole.
 
         Raises:
             OSError: it cannot be made.
         """
-        data = _slot(0, state).ljust(SLOT, b"\0") + bytes(_SIZE - SLOT)
+        data = _slot(0, state).ljust(_BITMAP_AT, b"\0") + _bitmap(regions)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
@@ -296,9 +296,7 @@ class RecordFile:
         Raises:
             OSError: it may not have come to the disk.
         """
-        bitmap = bytearray(REGIONS // 8)
-        for each in regions:
-            bitmap[each // 8] |= 1 << each % 8
+        bitmap = _bitmap(regions)
         # If it fails, any sector of it may be in the file or not, so all are written next time.
         was_known, self._is_bitmap_known = self._is_bitmap_known, False
         for at in range(0, len(bitmap), _SECTOR):
@@ -334,6 +332,13 @@ def peek(path: Path) -> State | None:
         return record.state
     finally:
         os.close(fd)
+
+
+def _bitmap(regions: Iterable[int]) -> bytearray:
+    bitmap = bytearray(REGIONS // 8)
+    for each in regions:
+        bitmap[each // 8] |= 1 << each % 8
+    return bitmap
 
 
 def _slot(sequence: int, state: State) -> bytes:

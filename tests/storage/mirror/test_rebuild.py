@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import threading
 
 import pytest
@@ -70,6 +71,28 @@ def test_so_it_is_whatever_restarts_meanwhile(place):
     mirror.rebuild(str(place.path("b")))
     built(mirror)
     assert place.storages["b"].seen.count("write") == SIZE // REGION
+
+
+def test_a_record_that_could_not_be_written_once_can_be_later(place, monkeypatch):
+    mirror = place.mirror("a", "b")
+    place.make("c")
+    # A member that had been taken out comes back with its record.
+    shutil.copy(place.path("b.mirror"), place.path("c.mirror"))
+    inode = place.path("c.mirror").stat().st_ino
+    genuine = os.pwrite
+
+    def fail(fd, data, position):
+        if os.fstat(fd).st_ino == inode:
+            raise OSError(errno.ENOSPC, "full")
+        return genuine(fd, data, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        with pytest.raises(StorageError, match=r"its record .* cannot be written"):
+            mirror.replace(str(place.path("b")), str(place.path("c")))
+    mirror.rebuild(str(place.path("c")))
+    built(mirror)
+    assert place.states(mirror) == {"a": "good", "c": "good"}
 
 
 def test_it_is_flushed_before_it_is_recorded_as_good(place):

@@ -12,11 +12,23 @@ from hypothesis import strategies as st
 
 from nbdlink.errors import StorageError
 from nbdlink.storage.mirror import record
+from nbdlink.storage.mirror.copies import Copies
 from nbdlink.storage.mirror.record import REGIONS, Entry, RecordFile, State, peek, region_size
 
 
 def first():
     return State.first(1 << 20, 4096, [Entry("/a"), Entry("/b", state="rebuilding")])
+
+
+def test_a_new_copy_has_the_regions_from_the_beginning(tmp_path, monkeypatch):
+    path = tmp_path / "a.mirror"
+    state = State.first(1 << 20, 4096, [Entry(str(tmp_path / "a"))])
+    copies = Copies(state, {}, writable=True)
+    with monkeypatch.context() as patch:  # as if it crashed before
+        patch.delattr(RecordFile, "write_regions")
+        copies.write(state, {3})
+    copies.close()
+    assert opened(path) == (state, {3})
 
 
 @pytest.fixture
