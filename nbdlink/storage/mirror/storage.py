@@ -57,16 +57,15 @@ from typing import Any, Final
 
 from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, DEPTH_CONTEXT
-from nbdlink.sizes import format_size
 from nbdlink.storage.base import Storage
 from nbdlink.storage.composite.together import Threads, one_by_one
 from nbdlink.storage.mirror.admission import Admission
 from nbdlink.storage.mirror.copies import Copies
+from nbdlink.storage.mirror.growth import Growth
 from nbdlink.storage.mirror.intent import Intent
 from nbdlink.storage.mirror.members import Member, choose, words
 from nbdlink.storage.mirror.membership import Membership, as_os_error
 from nbdlink.storage.mirror.rebuild import Rebuilder
-from nbdlink.storage.mirror.record import most_bytes
 from nbdlink.storage.ranges import RangeLock
 from nbdlink.uri import is_uri
 
@@ -132,8 +131,7 @@ class Mirror(Storage):
         )
         self._idle = idle
         self._may_grow = may_grow and not read_only
-        self._growing = threading.Lock()
-        self._told_limit = False
+        self._growth = Growth(self, self._intent)
         self._ranges = RangeLock()
         self._threads = Threads("nbd-mirror")
         self._admission = Admission(self, another)
@@ -198,61 +196,8 @@ class Mirror(Storage):
 
     def notice_growth(self) -> None:
         """Grow if all members have that are written to; see rule 13."""
-        if not self._may_grow:
-            return
-        with self._growing:
-            members = self.membership.enter()
-            try:
-                for each in members:
-                    if each.storage:
-                        each.storage.notice_growth()
-                with self.lock:
-                    size = self._common_size()
-                    if size <= self.size or self._closing:
-                        return
-                    self.least = size
-            finally:
-                with self.lock:
-                    self.membership.leave(members)
-            try:
-                self._grow(size)
-            except OSError as error:
-                _log.error("%s cannot grow: %s", self.name, words(error))
-
-    def _common_size(self) -> int:
-        """Give the bytes that all have which are written to; the lock is held."""
-        size = min(each.storage.size for each in self.members if each.storage and each.takes_writes)
-        size = size // self.minimum_block * self.minimum_block
-        if size > most_bytes(self.region):
-            size = most_bytes(self.region)
-            if not self._told_limit:
-                self._told_limit = True
-                _log.warning(
-                    "%s: its members have more than %s; restart the server to use all of them",
-                    self.name,
-                    format_size(size),
-                )
-        return size
-
-    def _grow(self, size: int) -> None:
-        """Take what all members have to a size.
-
-        Raises:
-            OSError: it cannot be recorded.
-        """
-        regions = range(self.size // self.region, -(-size // self.region))
-        self._intent.begin(regions)
-        # If this fails they stay in the bitmap: there may be copies that tell of the new size.
-        self.membership.record_size(size)
-        with self.lock:
-            first = next(each for each in self.members if each.is_complete)
-            for each in self.members:
-                if each is not first and each.takes_writes:
-                    each.fall_behind(regions)
-            self.size = size
-            self.lock.notify_all()
-        self._intent.end(regions)
-        _log.warning("%s has grown to %s", self.name, format_size(size))
+        if self._may_grow:
+            self._growth.notice()
 
     # Reading.
 
