@@ -26,6 +26,8 @@ kernel="$kernel nftables"
 kernel="$kernel curl"
 # To ask another TLS library, and as a client and server of plain TLS.
 kernel="$kernel openssl"
+# For disks that fail and grow.
+kernel="$kernel dmsetup"
 deb="debhelper debootstrap dh-python lintian pybuild-plugin-pyproject python3-all"
 # The Debian package runs with these.
 test="python3-openssl python3-pyroute2 python3-pyudev python3-rich"

@@ -148,7 +148,7 @@ def _print(sheet: Sheet) -> None:
     print(f"mirror {sheet['mirror']}: {format_size(sheet['size'])}, {sheet['health']}, {server}")
     rows = []
     for member in sheet["members"]:
-        has = member["progress"]
+        has = member.get("progress")  # a server leaves it out for a stale member
         since = member["since"] and time.strftime("%Y-%m-%d %H:%M", time.localtime(member["since"]))
         rows.append(
             [

@@ -13,6 +13,10 @@ If there is neither, the next request connects anew, to the same export as far a
 Otherwise nothing succeeds any more, no flush above all, until the storage is opened again: its
 users believe that what they have written is there.
 
+A storage that was closed may have left a write that was not answered, too. So the next one of the
+same export in this process is its successor, and servers that are nbdlink's serve it only when
+nothing of the other one lives (`protocol/claim.py`).
+
 A server that is silent for longer than `REQUEST_TIMEOUT` is as good as gone. And one that failed
 to flush once is not asked to again, since systems report what was lost only once, see `lost`.
 """
@@ -55,6 +59,10 @@ _log = logging.getLogger("nbdlink.storage")
 
 REQUEST_TIMEOUT: Final = 120.0
 """Seconds that a request may take. A flush of much on slow disks takes a minute."""
+
+_REMEMBERED: Final = 1024
+_ended: Final[dict[Target, tuple[str, int]]] = {}
+"""Sessions of storages that were closed, and the generation of their last connection."""
 
 _KNOWN_FLAGS: Final = int(AllocationFlag.HOLE | AllocationFlag.ZERO)
 
@@ -122,14 +130,17 @@ class RemoteStorage(Storage):
         self._request_timeout = request_timeout
         # Names this storage to servers that are nbdlink's, so that they let nothing of a
         # connection live when its successor comes.
-        self._session = secrets.token_hex(16)
-        self._generation = -1
+        self._session, self._generation = _ended.pop(target, (secrets.token_hex(16), -1))
         self._lock = threading.Lock()
         self._renewing = threading.Lock()
         self._attempts = 0
         self._refusal = ""
         self._lost = LostWrites(self.name)
-        self._line = _Line(self._connect())
+        try:
+            self._line = _Line(self._connect())
+        except BaseException:
+            self._end()
+            raise
         export = self._export = self._line.connection.export
         self.size = export.size
         self.read_only = read_only or export.read_only
@@ -283,6 +294,7 @@ class RemoteStorage(Storage):
                 raise OSError(errno.EIO, self._refusal) from None
             with self._lock:
                 self._line = _Line(connection)
+                self.size = connection.export.size
         old.connection.close()
         _log.warning("%s: connected anew", self.name)
 
@@ -295,8 +307,11 @@ class RemoteStorage(Storage):
         known = self._export
         missing = known.flags & _PROMISED & ~export.flags
         signatures = {known.testimony.signature, export.testimony.signature} - {None}
-        if export.size != known.size:
-            wrong = f"it has {export.size} bytes, not {known.size}"
+        # Only of a file that is known to be the same one can it be said that it has grown.
+        is_known = None not in (known.testimony.signature, export.testimony.signature)
+        has_grown = is_known and export.size > self.size
+        if export.size != self.size and not has_grown:
+            wrong = f"it has {export.size} bytes, not {self.size}"
         elif export.minimum_block > known.minimum_block:
             wrong = f"it demands blocks of {export.minimum_block} bytes, not {known.minimum_block}"
         elif export.read_only and not self.read_only:
@@ -430,3 +445,11 @@ class RemoteStorage(Storage):
     def close(self) -> None:
         """Take leave of the server."""
         self._line.connection.close()
+        self._end()
+
+    def _end(self) -> None:
+        """Leave the session to the next storage of the same export."""
+        _ended[self.target] = self._session, self._generation
+        if len(_ended) > _REMEMBERED:
+            with contextlib.suppress(KeyError, RuntimeError):  # another thread has done so
+                del _ended[next(iter(_ended))]

@@ -93,9 +93,13 @@ def test_status_without_a_member_tells_of_all_that_are_served(tmp_path, members)
         assert states(sheet) == ["good", "good"]
 
 
-def test_status_says_why_a_member_is_stale(degraded):
-    said = program("mirror", "status", degraded[0]).stdout.splitlines()
-    assert re.match(r"mirror [0-9a-f]{16}: 1M, degraded, not served", said[0])
+@pytest.mark.parametrize("by", ["not served", "served by process"])
+def test_status_says_why_a_member_is_stale(tmp_path, degraded, by):
+    with contextlib.ExitStack() as stack:
+        if by != "not served":
+            stack.enter_context(served(tmp_path, "--mirror", *degraded))
+        said = program("mirror", "status", degraded[0]).stdout.splitlines()
+    assert re.match(rf"mirror [0-9a-f]{{16}}: 1M, degraded, {by}", said[0])
     assert said[1].split() == ["MEMBER", "STATE", "HAS", "SINCE", "WHY"]
     assert said[2].split()[:3] == [str(degraded[0]), "good", "100%"]
     assert said[3].split()[:3] == [str(degraded[1]), "stale", "-"]

@@ -10,10 +10,11 @@ import threading
 import pytest
 from hypothesis import given, settings
 
-from nbdlink.errors import OptionError, StorageError
+from nbdlink.errors import OptionError, StorageError, TransportError
 from nbdlink.server import serve_in_thread
 from nbdlink.storage.base import Storage
 from nbdlink.storage.open import Part, StorageSpec, open_storage
+from nbdlink.storage.raw import RawStorage
 from nbdlink.storage.remote import RemoteStorage
 from nbdlink.storage.remotefile import RemoteFile
 from nbdlink.uri import Target
@@ -253,6 +254,25 @@ def test_another_export_is_not_taken_for_the_same(server, remote, size):
     assert read(remote) == known.data
 
 
+def test_a_file_that_is_known_to_be_the_same_may_have_grown(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+    server = Server(tmp_path / "socket", RawStorage.open(path))
+    remote = RemoteStorage.open(server.target)
+    if remote.signature is None:
+        pytest.skip("this file system does not tell one file from another")
+    server.stop()
+    fails(read, remote)
+    os.truncate(path, 2 * SIZE)
+    server.behind = RawStorage.open(path)
+    server.start()
+    assert len(read(remote)) == SIZE
+    assert remote.size == 2 * SIZE
+    write(remote, b"x", 2 * SIZE - 1)
+    remote.close()
+    server.stop()
+
+
 @pytest.mark.parametrize(
     ("changed", "says"), [({"read_only": True}, "read-only"), ({"minimum_block": 512}, "blocks")]
 )
@@ -273,6 +293,28 @@ def test_a_silent_server_is_an_error(server):
     assert fails(remote.flush, why="perhaps what was written") == errno.EIO
     server.behind.gate.set()
     remote.close()
+
+
+def test_who_opens_it_anew_waits_for_what_the_last_one_left(server):
+    remote = RemoteStorage.open(server.target, request_timeout=0.05)
+    server.behind.gate.clear()
+    server.behind.waits = True
+    fails(write, remote, b"x", 0, why="no reply within 0.05 seconds")
+    remote.close()
+    for _ in range(2):
+        with pytest.raises(TransportError, match="no answer"):
+            RemoteStorage.open(server.target, timeout=0.3)
+    server.behind.gate.set()
+    remote = RemoteStorage.open(server.target)
+    assert read(remote, 0, 1) == b"x"
+    remote.close()
+
+
+def test_two_storages_of_one_export_leave_each_other_alone(server, remote):
+    another = RemoteStorage.open(server.target)
+    write(remote, b"x", 0)
+    assert read(another, 0, 1) == b"x"
+    another.close()
 
 
 def test_threads_that_wait_learn_of_a_silent_server_together(server):

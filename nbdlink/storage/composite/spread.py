@@ -41,7 +41,7 @@ class Share(NamedTuple):
 class Spread(Storage):
     """A storage of which every byte is in one of several members.
 
-    It serves the size that they have when it is made, and does not grow with them.
+    Where a byte is does not change when it grows: so only at the end something may come to it.
     """
 
     def __init__(self, members: Sequence[Storage], name: str) -> None:
@@ -210,6 +210,13 @@ class Linear(Spread):
             self.size += _blocks(member, self.minimum_block)
         _check_size(self)
 
+    def notice_growth(self) -> None:
+        """Grow with the last member."""
+        last = self.members[-1]
+        last.notice_growth()
+        size = self._starts[-1] + _blocks(last, self.minimum_block)
+        self.size = max(self.size, min(size, _most(self.minimum_block)))
+
     def shares(self, offset: int, length: int) -> list[Share]:
         """Give each member's part: one span each."""
         found = []
@@ -254,8 +261,17 @@ class Stripe(Spread):
             )
         self.unit = unit
         self._row = unit * len(members)
-        self.size = min(_blocks(member, unit) for member in members) * len(members)
+        self.size = self._size()
         _check_size(self)
+
+    def _size(self) -> int:
+        return min(_blocks(member, self.unit) for member in self.members) * len(self.members)
+
+    def notice_growth(self) -> None:
+        """Grow by the rows for which all members have room."""
+        for member in self.members:
+            member.notice_growth()
+        self.size = max(self.size, min(self._size(), _most(self._row)))
 
     def shares(self, offset: int, length: int) -> list[Share]:
         """Give each member's units: they lie one behind the other there."""
@@ -332,6 +348,11 @@ def _blocks(member: Storage, block: int) -> int:
     if not size:
         raise StorageError(f"{member.name} is too small: it has less than {block} bytes")
     return size
+
+
+def _most(block: int) -> int:
+    """Give the most bytes that can be served, in whole blocks."""
+    return MAX_EXPORT_SIZE // block * block
 
 
 def _check_size(storage: Storage) -> None:

@@ -126,7 +126,7 @@ class Admission:
             storage = opener()
         except NBDError as error:
             raise StorageError(f"{address} cannot be rebuilt: {error}", hint=error.hint) from None
-        why = check_member(storage, self._mirror.size)
+        why = check_member(storage, self._mirror.least)
         if storage.minimum_block > self._mirror.minimum_block:
             # Clients know by now what they may ask for.
             why = f"it takes blocks of {storage.minimum_block} bytes only"
@@ -140,9 +140,14 @@ class Admission:
         storage = self._open(entry.address, opener)
         entry = replace(entry, identity=identity(entry.address, storage))
         with mirror.lock:
-            member.storage = storage
-            member.fall_behind(mirror.all_regions())
-            mirror.membership.change(member, entry.become("rebuilding", entry.reason))
+            why = check_member(storage, mirror.least)  # it may be growing since
+            if why is None:
+                member.storage = storage
+                member.fall_behind(mirror.all_regions())
+                mirror.membership.change(member, entry.become("rebuilding", entry.reason))
+        if why is not None:
+            storage.close()
+            raise StorageError(f"{entry.address} cannot be rebuilt: {why}")
         _log.warning("%s is being rebuilt", entry.address)
         try:
             mirror.membership.settle()

@@ -59,8 +59,7 @@ class Copies:
         for each in {owner(entry) for entry in state.members} - self._files.keys():
             path = copy_path(state.mirror, each)
             try:
-                self._files[each] = _made(path, state)
-                self._files[each].write_regions(regions, durably=True)
+                self._files[each] = _made(path, state, regions)
             except Exception as error:
                 self._complain(each, path, error)
                 failed.add(each)
@@ -93,14 +92,19 @@ class Copies:
             file.close()
 
 
-def _made(path: Path, state: State) -> RecordFile:
+def _made(path: Path, state: State, regions: set[int]) -> RecordFile:
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     if path.exists():
         file = RecordFile.open(path, writable=True)
-        if file.state.mirror == state.mirror:
+        try:
+            if file.state.mirror != state.mirror:
+                raise StorageError("it is the record of another mirror")
+            # Before the state: after a crash in between they are taken for those of the state.
+            file.write_regions(regions, durably=True)
             file.write(state)
-            return file
-        file.close()
-        raise StorageError("it is the record of another mirror")
-    RecordFile.create(path, state)
+        except BaseException:
+            file.close()  # it is locked, also against the next attempt
+            raise
+        return file
+    RecordFile.create(path, state, regions)
     return RecordFile.open(path, writable=True)

@@ -35,8 +35,19 @@ class Intent:
         Raises:
             OSError: they cannot be recorded.
         """
-        lock = self._membership.lock
-        with lock:
+        self.begin(regions)
+        try:
+            yield
+        finally:
+            self.end(regions)
+
+    def begin(self, regions: Collection[int]) -> None:
+        """Have regions in the bitmap, durably, and keep them there until `end`.
+
+        Raises:
+            OSError: they cannot be recorded; it has ended then.
+        """
+        with self._membership.lock:
             for each in regions:
                 self._busy[each] = self._busy.get(each, 0) + 1
             missing = [each for each in regions if each not in self.regions]
@@ -44,15 +55,19 @@ class Intent:
         try:
             if missing:
                 self._record(missing)
-            yield
-        finally:
-            now = time.monotonic()
-            with lock:
-                for each in regions:
-                    self._busy[each] -= 1
-                    if not self._busy[each]:
-                        del self._busy[each]
-                    self._touched[each] = now
+        except BaseException:
+            self.end(regions)
+            raise
+
+    def end(self, regions: Collection[int]) -> None:
+        """Note that what had `begin` has ended."""
+        now = time.monotonic()
+        with self._membership.lock:
+            for each in regions:
+                self._busy[each] -= 1
+                if not self._busy[each]:
+                    del self._busy[each]
+                self._touched[each] = now
 
     def _record(self, missing: Collection[int]) -> None:
         with self._membership.recording:

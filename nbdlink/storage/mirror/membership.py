@@ -6,6 +6,7 @@ import errno
 import logging
 import threading
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
 from nbdlink.storage.mirror.copies import Copies
 from nbdlink.storage.mirror.members import Member, words
@@ -36,6 +37,7 @@ class Membership:
         self.recording = threading.Lock()
         self._name = name
         self._regions = copies.regions
+        self._size = copies.state.size
         self._version = self._recorded = 0
 
     def enter(self) -> list[Member]:
@@ -97,7 +99,7 @@ class Membership:
         if member.entry.state == "stale":
             return
         was = member.entry.state
-        member.entry = member.entry.become("stale", reason)
+        member.entry = replace(member.entry.become("stale", reason), doubted=True)
         member.behind = set()
         self._version += 1
         self.lock.notify_all()
@@ -144,7 +146,9 @@ class Membership:
                     else each.entry
                     for each in self.members
                 ]
-            failed = self.copies.write(self.copies.state.changed(entries), self._regions)
+            failed = self.copies.write(
+                self.copies.state.changed(entries, self._size), self._regions
+            )
             if failed:
                 self._lose_copies(failed, promoted)
             with self.lock:
@@ -173,10 +177,15 @@ class Membership:
     def promote(self, member: Member) -> None:
         """Make a member good that has been given everything, and flushed; see rule 10.
 
+        It is not if a write has failed everywhere meanwhile, so that it lacks something again.
+
         Raises:
             OSError: it cannot be recorded.
         """
         with self.recording:
+            with self.lock:
+                if member.behind:
+                    return
             self._commit(member)
             with self.lock:
                 if member.entry.state == "rebuilding":
@@ -189,6 +198,20 @@ class Membership:
         member.entry = entry
         self._version += 1
         self.lock.notify_all()
+
+    def record_size(self, size: int) -> None:
+        """Record that the mirror has grown.
+
+        Raises:
+            OSError: EIO, no complete member's copy could be written; others may tell of it.
+        """
+        with self.recording:
+            before, self._size = self._size, size
+            try:
+                self._commit()
+            except OSError:
+                self._size = before
+                raise
 
     def record_regions(self, regions: set[int], *, durably: bool) -> None:
         """Record the intent bitmap; the recording lock is held.

@@ -80,6 +80,7 @@ def open_mirror(
         address: functools.partial(opened, replace(spec, path=address))
         for address, spec in named.items()
     }
+    may_grow = not any(spec.parts for spec in specs)
     with contextlib.ExitStack() as undo:
         files = _open_copies(set(named), undo, writable=not read_only)
         if files:
@@ -103,12 +104,13 @@ def open_mirror(
             )
         copies = Copies(state, files, writable=not read_only)
         if not read_only:
-            _update(copies, members)
+            _update(copies, members, may_grow=may_grow)
         mirror = Mirror(
             members,
             copies,
             read_only=read_only,
             another=lambda address: opened(described(address, specs[0])),
+            may_grow=may_grow,
             idle=idle,
         )
         undo.pop_all()
@@ -255,7 +257,10 @@ def _open_member(member: Member, size: int, undo: contextlib.ExitStack) -> str:
         return f"it cannot be opened: {error}"
     known, found = member.entry.identity, identity(member.name, storage)
     why = check_member(storage, size)
-    if known and found and known != found and member.entry.state == "good":
+    # A device that told what it is does not cease to; that a file system or a server tells
+    # nothing any more says nothing of the data.
+    differs = known and known != found and (found or places.is_device_identity(known))
+    if differs and member.entry.state == "good":
         why = "it is another file or device than it was"
     if why:
         storage.close()
@@ -276,15 +281,29 @@ def _none_good(state: State, missing: Sequence[tuple[str, str]]) -> StorageError
     )
 
 
-def _update(copies: Copies, members: Sequence[Member]) -> None:
+def _update(copies: Copies, members: Sequence[Member], *, may_grow: bool) -> None:
     """Bring all copies up to date, and make those that are lacking.
+
+    If the mirror is to grow beyond what the bitmap can tell of, the regions become larger.
 
     Raises:
         StorageError: no good member's copy can be written.
     """
     entries = tuple(each.entry for each in members)
     state, regions = copies.state, copies.regions
-    failed = copies.write(state if entries == state.members else state.changed(entries), regions)
+    failed: set[str] = set()
+    region = state.region
+    if may_grow:
+        size = min(each.storage.size for each in members if each.storage)
+        region = region_size(size, region)
+    if region != state.region:
+        larger = {each * state.region // region for each in regions}
+        # Right for the regions of both sizes, as one follows the other on the disk.
+        failed |= copies.write_regions(regions | larger, durably=True)
+        state, regions = replace(state.changed(entries), region=region), larger
+    elif entries != state.members:
+        state = state.changed(entries)
+    failed |= copies.write(state, regions)
     failed |= copies.write_regions(regions, durably=True)
     if all(places.owner(each.entry) in failed for each in members if each.is_good):
         raise StorageError(

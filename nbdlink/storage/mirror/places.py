@@ -20,6 +20,7 @@ from nbdlink.uri import Target, is_uri
 SUFFIX: Final = ".mirror"
 CENTRAL: Final = ""
 """The owner of the copy in the state directory: all members that cannot have their own."""
+_DEVICE: Final = "device:"
 _UDEV_TRAITS: Final = ("ID_SERIAL", "ID_WWN", "ID_PART_ENTRY_UUID", "DM_UUID", "MD_UUID")
 
 
@@ -135,6 +136,9 @@ def device_identity(path: str) -> str | None:
         traits.append(f"{name} {text}")
     if not traits:
         return None
-    return (
-        "device:" + hashlib.blake2b("\n".join(sorted(traits)).encode(), digest_size=16).hexdigest()
-    )
+    return _DEVICE + hashlib.blake2b("\n".join(sorted(traits)).encode(), digest_size=16).hexdigest()
+
+
+def is_device_identity(identity: str) -> bool:
+    """Tell whether `device_identity` gave this."""
+    return identity.startswith(_DEVICE)

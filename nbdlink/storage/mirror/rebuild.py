@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, AllocationFlag
 from nbdlink.storage.base import Storage
-from nbdlink.storage.mirror.members import Member, choose, words
+from nbdlink.storage.mirror.members import Member, words
 from nbdlink.storage.zeroes import is_zero
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Rebuilder:
         begin = region * mirror.region
         end = min(begin + mirror.region, mirror.size)
         with mirror.hold(begin, end - begin):
-            done = self._are_both_empty(member, begin, end - begin)
+            done = not member.entry.doubted and self._are_both_empty(member, begin, end - begin)
         while not done and begin < end:
             if mirror.is_closing or not member.takes_writes:
                 return
@@ -103,10 +103,11 @@ class Rebuilder:
             self._give_up(member, f"what it lacks cannot be read: {words(error)}")
             return False
         mirror.drop_failed(failed)
-        with contextlib.suppress(OSError):  # then it is written, which tells more
-            storage.read_into(ours, offset)
-            if _same(ours, theirs):
-                return True
+        if not member.entry.doubted:
+            with contextlib.suppress(OSError):  # then it is written, which tells more
+                storage.read_into(ours, offset)
+                if _same(ours, theirs):
+                    return True
         try:
             if is_zero(theirs):
                 storage.zero(offset, length, may_trim=True, fast=False, fua=False)
@@ -119,16 +120,11 @@ class Rebuilder:
 
     def _are_both_empty(self, member: Member, offset: int, length: int) -> bool:
         """Tell whether a range is known to be zeroes in both, without reading it."""
-        mirror = self._mirror
-        region = offset // mirror.region
-        with mirror.lock:
-            source = choose(mirror.members, {member}, (region,), offset)
-        return all(
-            each is not None
-            and each.storage is not None
-            and _is_empty(each.storage, offset, length)
-            for each in (source, member)
-        )
+        with self._mirror.using({member}, offset, length) as source:
+            return all(
+                each is not None and _is_empty(each, offset, length)
+                for each in (source, member.storage)
+            )
 
     def _finish(self, member: Member) -> None:
         """Have it flushed, and recorded as good."""
@@ -138,9 +134,6 @@ class Rebuilder:
         except OSError as error:
             self._drop(member, f"flushing failed: {words(error)}")
             return
-        with self._mirror.lock:
-            if member.behind:
-                return  # a write has failed everywhere meanwhile
         try:
             self._mirror.membership.promote(member)
         except OSError as error:

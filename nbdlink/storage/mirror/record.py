@@ -66,6 +66,7 @@ class Entry:
         keeps_copy: whether a copy of the record lies beside it, as it does with regular files.
         reason: why it is not good; empty if it is.
         since: when it came to that state, in seconds since the epoch.
+        doubted: whether it has failed, so that what is read from it need not be on its disk.
     """
 
     address: str
@@ -75,10 +76,14 @@ class Entry:
     state: MemberState = "good"
     reason: str = ""
     since: float = 0.0
+    doubted: bool = False
 
     def become(self, state: MemberState, reason: str = "") -> Entry:
-        """Give the entry with another state."""
-        return replace(self, state=state, reason=reason, since=round(time.time(), 3))
+        """Give the entry with another state; one that is good is not doubted any more."""
+        doubted = self.doubted and state != "good"
+        return replace(
+            self, state=state, reason=reason, since=round(time.time(), 3), doubted=doubted
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ class State:
         mirror: its number, which never changes.
         size: bytes.
         region: bytes that a bit of the intent bitmap stands for.
-        generation: how often the membership has changed.
+        generation: how often anything of this has changed.
         token: a random word for this change of it.
         history: those of the changes before, oldest first.
         members: in the order in which they were given first.
@@ -116,10 +121,11 @@ class State:
             members=tuple(members),
         )
 
-    def changed(self, members: Iterable[Entry]) -> State:
-        """Give the state that follows with other members, or other states of theirs."""
+    def changed(self, members: Iterable[Entry], size: int | None = None) -> State:
+        """Give the state that follows with other members, other states of theirs, or more bytes."""
         return replace(
             self,
+            size=self.size if size is None else size,
             generation=self.generation + 1,
             token=secrets.token_hex(4),
             history=(*self.history, self.token)[-_REMEMBERED:],
@@ -164,10 +170,14 @@ class State:
         return state
 
 
-def region_size(size: int) -> int:
-    """Give how large a mirror's regions are: a power of two."""
-    region = SMALLEST_REGION
-    while -(-size // region) > REGIONS:
+def most_bytes(region: int) -> int:
+    """Give how large a mirror can be that has regions of that size."""
+    return region * REGIONS
+
+
+def region_size(size: int, region: int = SMALLEST_REGION) -> int:
+    """Give how large a mirror's regions are: `region`, or twice as much as often as it takes."""
+    while size > most_bytes(region):
         region *= 2
     return region
 
@@ -200,15 +210,16 @@ class RecordFile:
             )
         self._sequence, self.state = max(found, key=lambda each: each[0])
         self._bitmap = bytearray(data[_BITMAP_AT:].ljust(REGIONS // 8, b"\xff"))
+        self._is_bitmap_known = True  # whether the file has what we have
 
     @classmethod
-    def create(cls, path: Path, state: State) -> None:
+    def create(cls, path: Path, state: State, regions: Iterable[int] = ()) -> None:
         """Make a record, durably and as a whole.
 
         Raises:
             OSError: it cannot be made.
         """
-        data = _slot(0, state).ljust(SLOT, b"\0") + bytes(_SIZE - SLOT)
+        data = _slot(0, state).ljust(_BITMAP_AT, b"\0") + _bitmap(regions)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
@@ -285,16 +296,17 @@ class RecordFile:
         Raises:
             OSError: it may not have come to the disk.
         """
-        bitmap = bytearray(REGIONS // 8)
-        for each in regions:
-            bitmap[each // 8] |= 1 << each % 8
+        bitmap = _bitmap(regions)
+        # If it fails, any sector of it may be in the file or not, so all are written next time.
+        was_known, self._is_bitmap_known = self._is_bitmap_known, False
         for at in range(0, len(bitmap), _SECTOR):
             sector = bitmap[at : at + _SECTOR]
-            if sector != self._bitmap[at : at + _SECTOR]:
+            if not was_known or sector != self._bitmap[at : at + _SECTOR]:
                 _write(self._fd, sector, _BITMAP_AT + at)
         if durably:
             os.fdatasync(self._fd)
         self._bitmap = bitmap
+        self._is_bitmap_known = True
 
     def close(self) -> None:
         """Let go of it."""
@@ -320,6 +332,13 @@ def peek(path: Path) -> State | None:
         return record.state
     finally:
         os.close(fd)
+
+
+def _bitmap(regions: Iterable[int]) -> bytearray:
+    bitmap = bytearray(REGIONS // 8)
+    for each in regions:
+        bitmap[each // 8] |= 1 << each % 8
+    return bitmap
 
 
 def _slot(sequence: int, state: State) -> bytes:

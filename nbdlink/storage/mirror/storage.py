@@ -32,8 +32,14 @@ The rules, by which nothing that was acknowledged is ever lost, and no old data 
     during which nothing is written to that piece. What is written meanwhile goes to it as well.
     When all is done it is flushed, then recorded as good, and read only after that.
 11. If the server ends before, a new one begins the rebuild again; what is the same already is not
-    written again.
+    written again. But to a member that has failed all is written: pages whose write-back failed
+    count as clean, so that what is read from them may be right without being on the disk.
 12. A member that comes back is stale as long as the record says so, whatever it looks like.
+13. Once all members that are written to have grown, the mirror grows. What they have there may
+    differ: so the regions are put into the bitmap first, as if they were being written to, then
+    the new size is recorded, and then it counts, for everybody at once. Of what is new the first
+    complete member's content counts, as it does under rule 8, and the others are given that.
+    After a crash in between, the record has the old size or the new one with these regions.
 
 What happens at the start, when some members are missing or say different things, is in
 `nbdlink.storage.mirror.opening`.
@@ -55,6 +61,7 @@ from nbdlink.storage.base import Storage
 from nbdlink.storage.composite.together import Threads, one_by_one
 from nbdlink.storage.mirror.admission import Admission
 from nbdlink.storage.mirror.copies import Copies
+from nbdlink.storage.mirror.growth import Growth
 from nbdlink.storage.mirror.intent import Intent
 from nbdlink.storage.mirror.members import Member, choose, words
 from nbdlink.storage.mirror.membership import Membership, as_os_error
@@ -73,7 +80,11 @@ IDLE: Final = 5.0
 class Mirror(Storage):
     """Storages with the same data. Made by `nbdlink.storage.mirror.opening.open_mirror`.
 
-    It keeps the size that it was made with.
+    Attributes:
+        mirror: its number.
+        region: bytes in a region.
+        least: bytes that a member has to have: its size, or what it is growing to.
+        membership: its members, and what is recorded of them.
     """
 
     can_trim = True
@@ -85,6 +96,7 @@ class Mirror(Storage):
         *,
         read_only: bool,
         another: Callable[[str], Storage],
+        may_grow: bool = True,
         idle: float = IDLE,
     ) -> None:
         """Take over open members and the copies of their record; at least one is good.
@@ -94,11 +106,12 @@ class Mirror(Storage):
             copies: of the record.
             read_only: whether nothing may be written, the record included.
             another: opens a storage that is to become a member, by its address.
+            may_grow: whether it is to become as large as its members do.
             idle: see `IDLE`.
         """
         state = copies.state
         self.mirror = state.mirror
-        self.size = state.size
+        self.size = self.least = state.size
         self.region = state.region
         self.read_only = read_only
         self.name = "mirror of " + ", ".join(each.name for each in members)
@@ -117,6 +130,8 @@ class Mirror(Storage):
             if all(context in each.contexts for each in storages)
         )
         self._idle = idle
+        self._may_grow = may_grow and not read_only
+        self._growth = Growth(self, self._intent)
         self._ranges = RangeLock()
         self._threads = Threads("nbd-mirror")
         self._admission = Admission(self, another)
@@ -130,7 +145,8 @@ class Mirror(Storage):
 
     def _find_differences(self) -> None:
         """Note which members have to be given what at the start; see rules 8 and 11."""
-        dirty = self._intent.regions
+        # Others were about to be added by growing.
+        dirty = self._intent.regions.intersection(self.all_regions())
         first = next(each for each in self.members if each.is_good)
         for each in self.members:
             if each.is_good and each is not first:
@@ -176,6 +192,13 @@ class Mirror(Storage):
         """The mirror's number: it is the same data, whichever members there are."""
         return f"auto:mirror-{self.mirror}"
 
+    # Growing.
+
+    def notice_growth(self) -> None:
+        """Grow if all members have that are written to; see rule 13."""
+        if self._may_grow:
+            self._growth.notice()
+
     # Reading.
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -218,6 +241,30 @@ class Mirror(Storage):
             raise as_os_error(next(iter(failed.values())))
         raise OSError(errno.EIO, f"{self.name}: no other good member has it")
 
+    @contextlib.contextmanager
+    def using(
+        self, but: Collection[Member], offset: int, length: int, at: int | None = None
+    ) -> Iterator[Storage | None]:
+        """Give a good member that has a range, and keep it open meanwhile; None if there is none.
+
+        Args:
+            but: members that are not to be asked.
+            offset: where the range begins.
+            length: its bytes, at least one.
+            at: the place that the member is chosen by; None for `offset`.
+        """
+        with self.lock:
+            regions = self._regions(offset, length)
+            member = choose(self.members, but, regions, offset if at is None else at)
+            if member:
+                member.users += 1
+        try:
+            yield member.storage if member else None
+        finally:
+            if member:
+                with self.lock:
+                    self.membership.leave((member,))
+
     def drop_failed(self, failed: dict[Member, Exception]) -> None:
         """Drop members that could not read what others could; see rule 6."""
         if not failed:
@@ -233,25 +280,22 @@ class Mirror(Storage):
         """Have the member read ahead that will be read."""
         if not length:
             return
-        with self.lock:
-            member = choose(self.members, (), self._regions(offset, length), offset)
-        if member and member.storage:
-            member.storage.cache(offset, length)
+        with self.using((), offset, length) as storage:
+            if storage:
+                storage.cache(offset, length)
 
     def extents(self, context: str, offset: int, length: int) -> Iterator[Extent]:
         """Tell what a good member tells; if it fails, the rest is data."""
         if not length:
             return
-        with self.lock:
-            member = choose(self.members, (), self._regions(offset, length), 0)
         done = 0
-        if member and member.storage:
+        with self.using((), offset, length, at=0) as storage:
             try:
-                for extent in member.storage.extents(context, offset, length):
+                for extent in storage.extents(context, offset, length) if storage else ():
                     yield extent
                     done += extent.length
             except OSError as error:
-                _log.warning("%s: what is allocated cannot be told: %s", member.name, error)
+                _log.warning("%s: what is allocated cannot be told: %s", self.name, error)
         if done < length:
             yield Extent(length - done, 1 if context == DEPTH_CONTEXT else 0)
 

@@ -143,3 +143,31 @@ def test_a_unit_of_no_use_is_refused(unit):
 def test_one_storage_is_too_few():
     with files([4096]) as (members, _), pytest.raises(StorageError, match="two storages or more"):
         Linear(members)
+
+
+def test_a_linear_storage_grows_with_its_last_member():
+    with files([1000, 2000]) as (members, paths):
+        storage = Linear(members)
+        os.truncate(paths[0], 5000)
+        storage.notice_growth()
+        assert storage.size == 3000
+        os.truncate(paths[1], 2500)
+        storage.notice_growth()
+        assert storage.size == 3500
+        write(storage, b"x" * 500, 3000)
+        assert paths[1].read_bytes()[2000:] == b"x" * 500
+
+
+def test_stripes_grow_by_the_rows_that_all_members_have():
+    with files([1024, 1024]) as (members, paths):
+        storage = Stripe(members, 512)
+        before = read(storage)
+        os.truncate(paths[0], 4096)
+        storage.notice_growth()
+        assert storage.size == 2048
+        os.truncate(paths[1], 2000)
+        storage.notice_growth()
+        assert storage.size == 3 * 1024
+        assert read(storage, 0, 2048) == before
+        write(storage, b"x" * 1024, 2048)
+        assert all(path.read_bytes()[1024:1536] == b"x" * 512 for path in paths)

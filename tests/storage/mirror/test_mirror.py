@@ -351,6 +351,15 @@ def test_holes_are_told(place):
     assert sum(length for _, length, _ in told(mirror)) == SIZE
 
 
+def test_a_member_stays_open_while_it_tells_of_holes(place):
+    mirror = place.mirror("a", "b")
+    extents = mirror.extents("base:allocation", 0, SIZE)
+    next(extents)
+    assert sum(member.users for member in mirror.members) == 1
+    extents.close()
+    assert sum(member.users for member in mirror.members) == 0
+
+
 def test_a_trim_leaves_the_same_in_all_members(place):
     place.make("a", content=b"x" * SIZE)
     mirror = place.mirror("a", "b")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import threading
 
 import pytest
@@ -13,7 +14,7 @@ from nbdlink.errors import StorageError
 from nbdlink.storage.mirror.record import peek
 
 from ..arrays import read, write
-from .conftest import SIZE
+from .conftest import REGION, SIZE
 
 
 def built(mirror):
@@ -51,6 +52,49 @@ def test_a_new_disk_in_the_place_of_the_old_is_rebuilt(place):
     assert place.states(place.mirror("a", "b")) == {"a": "good", "b": "good"}
 
 
+def test_to_a_member_that_has_failed_all_is_written(place):
+    # What it reads may be in the page cache only, see rule 11.
+    mirror = place.mirror("a", "b")
+    write(mirror, b"x" * SIZE, 0)
+    place.fail("b", "flush")
+    mirror.flush()
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert place.states(mirror) == {"a": "good", "b": "good"}
+    assert place.storages["b"].seen.count("write") == SIZE // REGION
+
+
+def test_so_it_is_whatever_restarts_meanwhile(place):
+    without(place, "b", "a", "b").close()
+    place.path("b").write_bytes(b"x" * SIZE)
+    mirror = place.mirror("a", "b")
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert place.storages["b"].seen.count("write") == SIZE // REGION
+
+
+def test_a_record_that_could_not_be_written_once_can_be_later(place, monkeypatch):
+    mirror = place.mirror("a", "b")
+    place.make("c")
+    # A member that had been taken out comes back with its record.
+    shutil.copy(place.path("b.mirror"), place.path("c.mirror"))
+    inode = place.path("c.mirror").stat().st_ino
+    genuine = os.pwrite
+
+    def fail(fd, data, position):
+        if os.fstat(fd).st_ino == inode:
+            raise OSError(errno.ENOSPC, "full")
+        return genuine(fd, data, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail)
+        with pytest.raises(StorageError, match=r"its record .* cannot be written"):
+            mirror.replace(str(place.path("b")), str(place.path("c")))
+    mirror.rebuild(str(place.path("c")))
+    built(mirror)
+    assert place.states(mirror) == {"a": "good", "c": "good"}
+
+
 def test_it_is_flushed_before_it_is_recorded_as_good(place):
     mirror = without(place, "b", "a", "b")
     genuine = place._open
@@ -72,6 +116,25 @@ def test_it_is_flushed_before_it_is_recorded_as_good(place):
     built(mirror)
     assert told == ["rebuilding"]
     assert peek(place.path("a.mirror")).members[1].state == "good"
+
+
+def test_a_write_that_fails_everywhere_at_last_keeps_it_from_being_good(place):
+    mirror = without(place, "b", "a", "b")
+    genuine, found = mirror.membership.promote, []
+
+    def promote(member):
+        if not found:
+            place.fail("a", "write")
+            with pytest.raises(OSError, match="error"):
+                write(mirror, b"y", 0)
+            place.storages["a"].failing.clear()
+        genuine(member)
+        found.append(member.entry.state)
+
+    mirror.membership.promote = promote
+    mirror.rebuild(str(place.path("b")))
+    built(mirror)
+    assert found == ["rebuilding", "good"]
 
 
 def test_it_is_not_read_before_it_is_good(place):
@@ -256,7 +319,11 @@ def test_one_that_was_interrupted_is_begun_again(place):
 
 
 def test_what_is_alike_is_not_written_again(place):
-    mirror = without(place, "b", "a", "b")
+    place.mirror("a", "b").close()
+    mirror = place.mirror("a", degraded=True)
+    write(mirror, b"x" * SIZE, 0)
+    mirror.close()
+    mirror = place.mirror("a", "b")
     place.path("b").write_bytes(b"x" * (SIZE // 2) + bytes(SIZE // 2))
     mirror.rebuild(str(place.path("b")))
     built(mirror)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 
 import pytest
@@ -11,11 +12,23 @@ from hypothesis import strategies as st
 
 from nbdlink.errors import StorageError
 from nbdlink.storage.mirror import record
+from nbdlink.storage.mirror.copies import Copies
 from nbdlink.storage.mirror.record import REGIONS, Entry, RecordFile, State, peek, region_size
 
 
 def first():
     return State.first(1 << 20, 4096, [Entry("/a"), Entry("/b", state="rebuilding")])
+
+
+def test_a_new_copy_has_the_regions_from_the_beginning(tmp_path, monkeypatch):
+    path = tmp_path / "a.mirror"
+    state = State.first(1 << 20, 4096, [Entry(str(tmp_path / "a"))])
+    copies = Copies(state, {}, writable=True)
+    with monkeypatch.context() as patch:  # as if it crashed before
+        patch.delattr(RecordFile, "write_regions")
+        copies.write(state, {3})
+    copies.close()
+    assert opened(path) == (state, {3})
 
 
 @pytest.fixture
@@ -161,3 +174,23 @@ def test_there_are_never_too_many_regions(size):
     region = region_size(size)
     assert -(-size // region) <= REGIONS
     assert region >= 16 << 20
+
+
+def test_a_region_that_a_failed_change_took_out_is_recorded_again(made, monkeypatch):
+    regions = {0, REGIONS - 1}  # in two sectors of the bitmap
+    file = RecordFile.open(made, writable=True)
+    file.write_regions(regions, durably=True)
+    genuine, count = os.pwrite, itertools.count()
+
+    def fail_the_second(fd, data, position):
+        if next(count):
+            raise OSError(errno.EIO, "gone")
+        return genuine(fd, data, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", fail_the_second)
+        with pytest.raises(OSError, match="gone"):
+            file.write_regions(set(), durably=False)
+    file.write_regions(regions, durably=True)
+    file.close()
+    assert opened(made)[1] == regions
