@@ -40,7 +40,7 @@ _SPREAD = (
         "test_serve_attach.py",
         "test_watch.py",
     ),
-    ("test_renew.py", "test_supervisor.py"),
+    ("test_renew.py", "test_supervisor.py", "test_mirror.py"),
 )
 """Tests that take many minutes under emulation: of several kernels each runs one of these parts,
 the first one, which starts earlier, a little more. What depends on the kernel's version in them is
