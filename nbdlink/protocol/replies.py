@@ -185,9 +185,9 @@ class ReplyReader(Generic[_Request]):
         if not count:
             if not self._pending:
                 raise RemoteProtocolError("the server closed the connection")
-            raise RemoteProtocolError(
-                f"the server closed the connection with {self.outstanding} requests unanswered"
-            )
+            count = self.outstanding
+            left = "a request" if count == 1 else f"{count} requests"
+            raise RemoteProtocolError(f"the server closed the connection with {left} unanswered")
         done: list[_Request] = []
         if self._target is not None:
             self._filled += count

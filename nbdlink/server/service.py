@@ -274,7 +274,9 @@ class Service:
         if self._offer is not None and not self._stopping:
             self._offer.renew(self.sessions, self._processes.release)
         if count := self.sessions.renew():
-            _log.warning("%d connections are to be renewed", count)
+            _log.warning(
+                "%s to be renewed", "a connection is" if count == 1 else f"{count} connections are"
+            )
 
     def _reload(self) -> None:
         """Load the credentials anew for those who come from now on; keep them if that fails."""

@@ -150,7 +150,7 @@ def test_sighup_renews_the_connections_that_somebody_looks_after(image, tmp_path
             process.send_signal(signal.SIGHUP)
             assert supervised.hung_up()
             assert other.write(0, b"still here") == 0
-        assert "1 connections are to be renewed" in end(process)[1]
+        assert "a connection is to be renewed" in end(process)[1]
 
 
 def test_sighup_ends_a_server_whose_terminal_is_closed(image, tmp_path):
