@@ -20,7 +20,7 @@ pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 
     bench-quick bench-attach bench-roads bench-recovery clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: ## serve a file and attach it as a block device, in a throw-away virtual machine
 	@vagrant/provision.sh demo
@@ -54,7 +54,7 @@ deb: ## a Debian package, in build/deb
 	@vagrant/provision.sh deb
 	@debian/build build/deb
 
-deb-test: deb ## install, upgrade and purge that package in a Debian 12 of its own; takes root
+deb-test: deb ## install, upgrade and purge that package in a Debian of its own
 	@vagrant/provision.sh deb
 	@debian/try build/deb
 

@@ -126,7 +126,8 @@ def _parse_short(text: str) -> Target:
     if text.startswith(("/", "./", "../")):
         raise ConfigError(
             f"{text!r} is a path, not a server",
-            hint=f"for a Unix socket say nbd+unix:///?socket={text}",
+            hint=f"serve a file first (nbdlink serve); for a Unix socket say "
+            f"nbd+unix:///?socket={text}",
         )
     place, slash, export = text.partition("/")
     if slash and text.startswith("["):

@@ -11,9 +11,9 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nbdlink.errors import ConfigError, NBDError
 from nbdlink.version import __version__
@@ -45,10 +45,32 @@ VERBS = {
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong as all of nbdlink does, instead of its usage."""
 
+    _near: str | None = None
+    """What the last word that was wrong is likely to mean."""
+
     def error(self, message: str) -> NoReturn:
         """Complain and exit with 2."""
-        complain(ConfigError(message, hint=f"see {self.prog} --help"))
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown and words.startswith("-"):
+            self._near = _nearest(words.split()[0], self._option_string_actions)
+        hint = f"did you mean {self._near}?" if self._near else f"see {self.prog} --help"
+        complain(ConfigError(message, hint=hint))
         sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        is_wrong = action.choices is not None and value not in action.choices
+        self._near = _nearest(value, action.choices or ()) if is_wrong else None
+        if is_wrong and isinstance(action, argparse._SubParsersAction):
+            self.error(f"there is no verb {value!r}")  # to name all there are takes four lines
+        super()._check_value(action, value)
+
+
+def _nearest(word: object, known: Iterable[object]) -> str | None:
+    """Give the known word that `word` is likely a slip of, or None."""
+    import difflib
+
+    near = difflib.get_close_matches(str(word).partition("=")[0], map(str, known), 1)
+    return near[0] if near else None
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:

@@ -94,6 +94,8 @@ _ASK_DOCTOR: Final = "`nbdlink doctor {}` walks the way there step by step"
 
 def _connect_hint(error: OSError, target: Target) -> str:
     if isinstance(error, socket.gaierror):
+        if target.host and Path(target.host).exists():
+            return f"{target.host} is a file of this machine; a server is wanted: nbdlink serve"
         return "check the host's spelling, or use an address"
     match error.errno:
         case errno.ECONNREFUSED:
@@ -208,7 +210,9 @@ def listen_tcp(host: str | None, port: int) -> list[socket.socket]:
         for sock in listeners:
             sock.close()
         hint = None
-        if error.errno == errno.EADDRINUSE:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            hint = "`ip address` shows the addresses of this machine; without one it is all of them"
+        elif error.errno == errno.EADDRINUSE:
             hint = "another server has the port; stop it, or choose one with --port"
         elif error.errno == errno.EACCES:
             hint = "ports below 1024 need root"
@@ -235,7 +239,12 @@ def listen_unix(path: str) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise TransportError(f"cannot listen on {path}: {reason(error)}") from None
+        hint = None
+        if error.errno == errno.ENOENT:
+            hint = f"make its folder first: mkdir -p {Path(path).parent}"
+        elif error.errno == errno.EACCES:
+            hint = f"you may not write to {Path(path).parent}; choose another path, or try as root"
+        raise TransportError(f"cannot listen on {path}: {reason(error)}", hint=hint) from None
     return sock
 
 

@@ -51,6 +51,64 @@ def test_a_wrong_command_line_ends_with_2_and_two_lines(words, says, capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["atach", "store1"], "attach"),
+        (["exports", "--jsn", "store1"], "--json"),
+        (["serve", "--prot=10809", "disk.img"], "--port"),
+        (["serve", "--cache", "nne", "disk.img"], "none"),
+        (["mirror", "stats"], "status"),
+    ],
+)
+def test_a_slip_is_told_with_what_was_meant(words, meant, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.splitlines()[1:] == [f"  hint: did you mean {meant}?"]
+
+
+def test_a_verb_that_there_is_not_does_not_bring_a_list_of_all(capsys):
+    with pytest.raises(SystemExit):
+        main(["nonsense"])
+    assert capsys.readouterr().err.startswith("nbdlink: there is no verb 'nonsense'\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (("-b", "192.0.2.1"), "ip address"),
+        (("-k", "no/such/folder/socket"), "mkdir -p no/such/folder"),
+    ],
+)
+def test_a_server_that_cannot_listen_says_what_next(place, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("disk.img").write_bytes(bytes(4096))
+    assert main(["serve", "-f", "raw", "-p", "0", *place, "disk.img"]) == 1
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "next_"),
+    [
+        (["attach", "/dev/nbd0", "store1/data"], "nbdlink attach store1/data /dev/nbd0"),
+        (["info", "--tls-psk", "no/file", "nbds://store1"], "`man nbdlink-tls`"),
+        (["serve", "-f", "raw", ""], "name a file"),
+        (["serve", "-f", "qcow2", "-r", __file__], "`qemu-img info`"),
+    ],
+)
+def test_a_beginners_mistake_is_told_with_what_next(words, next_, capsys):
+    assert main(words)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"  hint: {next_}")
+
+
+def test_a_file_where_a_server_is_wanted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("disk.invalid").write_bytes(bytes(4096))
+    for word in ("disk.invalid", "./disk.invalid"):
+        assert main(["map", word])
+        assert "nbdlink serve" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("words", "status", "says"),
     [
         (["info", "nbd://host/?sokcet=x"], 2, "unknown parameter 'sokcet'"),
