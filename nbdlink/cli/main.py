@@ -1,7 +1,7 @@
 """The `nbdlink` command: finds the verb, runs it, and turns errors into exit codes.
 
 Exit status: 0 done, 1 it failed, 2 the command line or the configuration is wrong,
-130 interrupted. Only the module of the verb that was typed is imported.
+130 interrupted (see `nbdlink.__main__`). Only the module of the verb that was typed is imported.
 """
 
 from __future__ import annotations
@@ -93,7 +93,11 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and give its exit status; argparse's own errors exit with 2."""
+    """Run one command line and give its exit status; argparse's own errors exit with 2.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
+    """
     _open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["complete"]:  # what the scripts of shells run, see candidates.py
@@ -118,9 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NBDError as error:
         complain(error)
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("nbdlink: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of our output left early (`nbdlink list | head -1`); that is its right.
         _drop_output()
@@ -164,6 +165,11 @@ def _open_missing_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # it is given the lowest number that is free
     os.close(descriptor)
+    # Python has None for what was closed, which cannot be asked whether it is a terminal.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _drop_output() -> None:
@@ -192,8 +198,3 @@ def set_up_logging(verbose: int) -> None:
 
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
     logging.basicConfig(level=level, format="nbdlink: %(message)s", stream=sys.stderr)
-
-
-def run() -> None:
-    """Be the console script."""
-    sys.exit(main())

@@ -181,6 +181,13 @@ def test_output_that_cannot_be_written_is_said(words):
     assert done.stderr == "nbdlink: the output cannot be written: no space left on device\n"
 
 
+@pytest.mark.parametrize("words", ["list", "doctor 127.0.0.1:1"])
+def test_a_closed_stdout_is_no_bug(words):
+    command = f"{sys.executable} -m nbdlink {words} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, timeout=100)
+    assert b"bug" not in done.stderr
+
+
 def test_a_closed_stdout_is_no_error():
     command = f"{sys.executable} -m nbdlink list --json >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, timeout=100)
@@ -211,6 +218,30 @@ def test_an_interrupted_command_ends_with_130(tmp_path):
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=100)
     assert (process.returncode, err) == (130, "nbdlink: interrupted\n")
+
+
+def test_who_interrupts_at_once_sees_no_more(tmp_path):
+    # An import that is interrupted, as one of the many before the command begins may be.
+    (tmp_path / "argparse.py").write_text("import _signal\n_signal.raise_signal(2)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{MAN.parent}"}
+    done = nbdlink("list", env=environment)
+    assert (done.returncode, done.stderr) == (130, "nbdlink: interrupted\n")
+
+
+def test_a_second_interrupt_changes_nothing():
+    # It comes while the first is told of.
+    program = (
+        "import sys, _signal\n"
+        "class Slow:\n"
+        "    def write(self, text): _signal.raise_signal(2); sys.__stderr__.write(text)\n"
+        "    def flush(self): pass\n"
+        "import nbdlink.cli.main, nbdlink.__main__\n"
+        "sys.stderr = Slow()\n"
+        "nbdlink.cli.main.main = lambda: _signal.raise_signal(2)\n"
+        "nbdlink.__main__.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "nbdlink: interrupted\n")
 
 
 @pytest.mark.parametrize("verb", VERBS)
