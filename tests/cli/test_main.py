@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -242,6 +243,13 @@ def test_a_second_interrupt_changes_nothing():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "nbdlink: interrupted\n")
+
+
+@pytest.mark.parametrize("page", sorted(MAN.iterdir()), ids=lambda page: page.name)
+def test_an_example_is_one_line_of_80_columns(page):
+    # `man` leaves two columns free at the end, and the macro indents by eleven.
+    examples = [line[4:] for line in page.read_text().splitlines() if line.startswith(".Dl ")]
+    assert [each for each in examples if len(re.sub(r"\\(.)", r"\1", each)) > 80 - 2 - 11] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
