@@ -123,6 +123,8 @@ def is_uri(text: str) -> bool:
 
 
 def _parse_short(text: str) -> Target:
+    if text.startswith("nbd:"):
+        raise ConfigError(f"{text!r} is how QEMU once wrote it", hint="say nbd://host:port/export")
     if text.startswith(("/", "./", "../")):
         raise ConfigError(
             f"{text!r} is a path, not a server",

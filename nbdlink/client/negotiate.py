@@ -494,6 +494,8 @@ class Negotiation:
             is_late = isinstance(error.__context__, TimeoutError)
             if self._suspects and not error.hint and not is_late:
                 error.hint = self.security.suspicion()
+            if is_late and not error.hint:
+                error.hint = stream.ASK_DOCTOR.format(self.target)
             raise
 
 

@@ -70,7 +70,7 @@ def connect(target: Target, deadline: Deadline) -> socket.socket:
         raise TransportError(
             f"{target.address}: no answer within {deadline.seconds:g} seconds",
             hint="is the server up, and does a firewall let the port through? "
-            f"{_ASK_DOCTOR.format(target.address)}",
+            f"{ASK_DOCTOR.format(target)}",
         ) from None
     except OSError as error:
         raise TransportError(
@@ -89,7 +89,8 @@ def reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
-_ASK_DOCTOR: Final = "`nbdlink doctor {}` walks the way there step by step"
+ASK_DOCTOR: Final = "`nbdlink doctor {}` walks the way there step by step"
+"""What to do next if it is not known what keeps a server from answering."""
 
 
 def _connect_hint(error: OSError, target: Target) -> str:
@@ -108,7 +109,7 @@ def _connect_hint(error: OSError, target: Target) -> str:
             return "a Unix socket's path has at most 107 bytes"
         case errno.ENOTSOCK:
             return f"{target.socket} is not a socket"
-    return _ASK_DOCTOR.format(target.address)
+    return ASK_DOCTOR.format(target)
 
 
 def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
