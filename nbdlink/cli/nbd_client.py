@@ -201,10 +201,16 @@ def _target_options(arguments: argparse.Namespace) -> Iterator[str]:
 
 def _attach(arguments: argparse.Namespace) -> int:
     from nbdlink.cli import attach
+    from nbdlink.link.config import files
 
     parser = argparse.ArgumentParser(prog="nbdlink nbd-client")
     attach.add_arguments(parser, "attach")
     wanted = parser.parse_intermixed_args(attach_words(arguments))
+    if wanted.target is None and wanted.name not in files.load().links:
+        raise ConfigError(
+            f"/etc/nbdtab has no line for {arguments.words[0]}",
+            hint="what is not in there is attached with HOST [PORT] DEVICE",
+        )
     wanted.verbose = arguments.verbose
     if not arguments.persist or arguments.nofork:
         return attach.run_attach(wanted)

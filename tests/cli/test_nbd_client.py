@@ -86,7 +86,7 @@ def test_each_option_becomes_one_of_attach(typed, means):
         ("h /dev/nbd0 -P", "-preinit is not available"),
         ("nbd0 -R", "-readonly goes with a host"),
         ("nbd0 -N x", "-name goes with a host"),
-        ("nbd0", "there is no configured link named 'nbdtab-nbd0'"),
+        ("store1", "/etc/nbdtab has no line for store1"),
         ("-d /dev/nbd0 -c /dev/nbd0", "-d, -c and -l exclude each other"),
         ("-c /dev/nbd0 x", "'x' is too much"),
         ("-l", "0 words, where there should be HOST [PORT]"),
