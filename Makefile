@@ -20,15 +20,15 @@ pip_install = $(python) -m pip install --disable-pip-version-check $$(test -t 1 
     bench-quick bench-attach bench-roads bench-recovery clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: ## serve a file and attach it as a block device, in a throw-away virtual machine
+demo: ## a file served and attached, in a throw-away virtual machine
 	@vagrant/provision.sh demo
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
 	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 900 -- tests/vm/demo.sh
 
 # Without root what is missing stays missing, and the tests say what they skip; not so in CI.
-test: ## everything: unit and interop tests, linters, types, and the kernel tests in two kernels
+test: ## everything: tests here and on two kernels, linters, types
 	@vagrant/provision.sh test || { [ $$? -eq 3 ] && [ -z "$$CI" ]; }
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite --host $(KERNELS:%=--kernel %) --systemd $(SYSTEMD_KERNEL) \
@@ -45,7 +45,7 @@ kernel-test: ## the kernel tests only, in a virtual machine per kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite $(KERNELS:%=--kernel %) $(SUITE_OPTIONS)
 
-systemd-test: ## rules, units and power-off, in virtual machines with systemd
+systemd-test: ## rules, units, power-off, in virtual machines with systemd
 	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-tests
 	@$(python) -m tests.vm.suite --systemd $(SYSTEMD_KERNEL) $(SUITE_OPTIONS)
@@ -54,23 +54,23 @@ deb: ## a Debian package, in build/deb
 	@vagrant/provision.sh deb
 	@debian/build build/deb
 
-deb-test: deb ## install, upgrade and purge that package in a Debian 12 of its own; takes root
+deb-test: deb ## install, upgrade and purge that package in a Debian of its own
 	@vagrant/provision.sh deb
 	@debian/try build/deb
 
 # BENCH_OPTIONS: see `python -m bench.server --help`.
-bench: ## `nbdlink serve` beside other servers: half an hour on a quiet machine
+bench: ## `nbdlink serve` beside other servers; takes half an hour
 	@vagrant/provision.sh bench
 	@$(MAKE) --no-print-directory $(venv)/.for-bench
 	@$(python) -m bench.server --output docs/benchmarks $(BENCH_OPTIONS)
 
-bench-quick: ## the same in four minutes, with less of it; the page goes to build/
+bench-quick: ## the same in four minutes, with less of it; into build/
 	@vagrant/provision.sh bench
 	@$(MAKE) --no-print-directory $(venv)/.for-bench
 	@$(python) -m bench.server --quick --output build/bench/quick $(BENCH_OPTIONS)
 
 # Installed as users install it: an editable install looks every module up in a slower way.
-bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtual machine
+bench-attach: ## how long `nbdlink attach` takes, beside nbd-client
 	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
 	@$(PYTHON) -m venv --clear build/bench-venv
@@ -80,7 +80,7 @@ bench-attach: ## how long `nbdlink attach` takes, beside nbd-client, in a virtua
 	@$(python) -m tests.vm.boot --kernel $(KERNEL) --timeout 600 --rw docs/benchmarks -- \
 	    build/bench-venv/bin/python bench/attach.py docs/benchmarks/attach.md
 
-bench-roads: ## a device's TLS in the kernel, beside the relay and nbd-client's proxy, likewise
+bench-roads: ## TLS in the kernel, beside the relay and nbd-client's proxy
 	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
 	@mkdir -p docs/benchmarks
@@ -88,7 +88,7 @@ bench-roads: ## a device's TLS in the kernel, beside the relay and nbd-client's 
 	    $(venv)/bin/python -m bench.roads docs/benchmarks/roads.md
 
 # RECOVERY_OPTIONS: see bench/recovery.py.
-bench-recovery: ## how soon a device answers when its server is back, likewise
+bench-recovery: ## how soon a device answers when its server is back
 	@vagrant/provision.sh kernel
 	@$(MAKE) --no-print-directory $(venv)/.for-demo
 	@$(python) -m compileall -q nbdlink bench
@@ -97,7 +97,7 @@ bench-recovery: ## how soon a device answers when its server is back, likewise
 	    $(venv)/bin/python -m bench.recovery --output docs/benchmarks/recovery.md \
 	    $(RECOVERY_OPTIONS)
 
-clean: ## remove what was built; the cache folder with the kernels stays
+clean: ## remove what was built; the cache with the kernels stays
 	rm -rf $(venv) build dist *.egg-info .coverage* .hypothesis .import_linter_cache \
 	    .mypy_cache .pytest_cache .ruff_cache
 	find $(sources) -name __pycache__ -prune -exec rm -rf {} +

@@ -123,10 +123,13 @@ def is_uri(text: str) -> bool:
 
 
 def _parse_short(text: str) -> Target:
+    if text.startswith("nbd:"):
+        raise ConfigError(f"{text!r} is how QEMU once wrote it", hint="say nbd://host:port/export")
     if text.startswith(("/", "./", "../")):
         raise ConfigError(
             f"{text!r} is a path, not a server",
-            hint=f"for a Unix socket say nbd+unix:///?socket={text}",
+            hint=f"serve a file first (nbdlink serve); for a Unix socket say "
+            f"nbd+unix:///?socket={text}",
         )
     place, slash, export = text.partition("/")
     if slash and text.startswith("["):

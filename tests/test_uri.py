@@ -58,6 +58,7 @@ def test_a_target_is_understood(text, target):
     [
         ("", "names no server"),
         ("/run/nbd.sock", "is a path"),
+        ("nbd:host:10809:exportname=data", "how QEMU once wrote it"),
         (":10809", "host is missing"),
         ("host:0", "not a port"),
         ("host:65536", "not a port"),

@@ -28,7 +28,8 @@ kernel="$kernel curl"
 kernel="$kernel openssl"
 # For disks that fail and grow.
 kernel="$kernel dmsetup"
-deb="debhelper debootstrap dh-python lintian pybuild-plugin-pyproject python3-all"
+deb="build-essential debhelper debootstrap dh-python lintian pybuild-plugin-pyproject"
+deb="$deb python3-all python3-setuptools"
 # The Debian package runs with these.
 test="python3-openssl python3-pyroute2 python3-pyudev python3-rich"
 # Manual pages are set by both, and completions tried in these shells.

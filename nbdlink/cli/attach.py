@@ -112,6 +112,11 @@ def _asked_for(arguments: argparse.Namespace) -> LinkSpec:
     from nbdlink.link.spec import LinkSpec
     from nbdlink.uri import Target
 
+    if arguments.target.startswith("/dev/nbd"):
+        raise ConfigError(
+            f"{arguments.target} is a device, and the TARGET comes before it",
+            hint=f"nbdlink attach {arguments.device or 'TARGET'} {arguments.target}",
+        )
     target = Target.parse(arguments.target)
     paths = tuple(Target.parse(path) for path in arguments.paths)
     if arguments.export is not None:

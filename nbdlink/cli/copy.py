@@ -76,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     visible = sys.stderr is not None and sys.stderr.isatty()
     if arguments.progress is not None:
         visible = arguments.progress
+    if visible:
+        _tell_of_format(spec.source, spec.destination)
     with contextlib.ExitStack() as stack:
         watch = None
         if visible:
@@ -91,6 +93,20 @@ def run(arguments: argparse.Namespace) -> int:
     elif visible:
         print(_line(summary), file=sys.stderr)
     return 0
+
+
+def _tell_of_format(source: str, destination: str) -> None:
+    """Say so if it is an image's file that becomes a disk, and not what is in the image."""
+    from pathlib import Path
+
+    from nbdlink.storage.probe import RAW, probe
+    from nbdlink.uri import is_uri
+
+    if not (is_uri(destination) or Path(destination).is_block_device()):
+        return  # a file of the image's, which remains one
+    if Path(source).is_file() and (kind := probe(source)) != RAW:
+        words = f"{source} is a {kind} image, which is copied as it is: for the disk that is in it"
+        print(f"nbdlink: {words}, serve it and copy the export", file=sys.stderr)
 
 
 def _sheet(summary: Summary) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The `nbdlink` command: finds the verb, runs it, and turns errors into exit codes.
 
 Exit status: 0 done, 1 it failed, 2 the command line or the configuration is wrong,
-130 interrupted. Only the module of the verb that was typed is imported.
+130 interrupted (see `nbdlink.__main__`). Only the module of the verb that was typed is imported.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nbdlink.errors import ConfigError, NBDError
 from nbdlink.version import __version__
@@ -45,10 +45,32 @@ VERBS = {
 class Parser(argparse.ArgumentParser):
     """A parser that says what is wrong as all of nbdlink does, instead of its usage."""
 
+    _near: str | None = None
+    """What the last word that was wrong is likely to mean."""
+
     def error(self, message: str) -> NoReturn:
         """Complain and exit with 2."""
-        complain(ConfigError(message, hint=f"see {self.prog} --help"))
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown and words.startswith("-"):
+            self._near = _nearest(words.split()[0], self._option_string_actions)
+        hint = f"did you mean {self._near}?" if self._near else f"see {self.prog} --help"
+        complain(ConfigError(message, hint=hint))
         sys.exit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        is_wrong = action.choices is not None and value not in action.choices
+        self._near = _nearest(value, action.choices or ()) if is_wrong else None
+        if is_wrong and isinstance(action, argparse._SubParsersAction):
+            self.error(f"there is no verb {value!r}")  # to name all there are takes four lines
+        super()._check_value(action, value)
+
+
+def _nearest(word: object, known: Iterable[object]) -> str | None:
+    """Give the known word that `word` is likely a slip of, or None."""
+    import difflib
+
+    near = difflib.get_close_matches(str(word).partition("=")[0], map(str, known), 1)
+    return near[0] if near else None
 
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
@@ -71,7 +93,11 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and give its exit status; argparse's own errors exit with 2."""
+    """Run one command line and give its exit status; argparse's own errors exit with 2.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
+    """
     _open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["complete"]:  # what the scripts of shells run, see candidates.py
@@ -97,9 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.hint = _in_words_of(verb, error.hint)
         complain(error)
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("nbdlink: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of our output left early (`nbdlink list | head -1`); that is its right.
         _drop_output()
@@ -151,6 +174,11 @@ def _open_missing_streams() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # it is given the lowest number that is free
     os.close(descriptor)
+    # Python has None for what was closed, which cannot be asked whether it is a terminal.
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _drop_output() -> None:
@@ -179,8 +207,3 @@ def set_up_logging(verbose: int) -> None:
 
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(verbose, 2)]
     logging.basicConfig(level=level, format="nbdlink: %(message)s", stream=sys.stderr)
-
-
-def run() -> None:
-    """Be the console script."""
-    sys.exit(main())

@@ -147,7 +147,7 @@ def storage_spec(arguments: argparse.Namespace, word: str) -> StorageSpec:
             word, spec, lambda name, host: client_tls(arguments.object, name, host)
         )
     elif not word:
-        raise ConfigError("an empty path names no storage")
+        raise ConfigError("an empty path names no storage", hint="name a file or a device")
     elif is_uri(word):
         target = Target.parse(word)
         spec = replace(spec, path=str(target), target=target)

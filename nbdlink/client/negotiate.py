@@ -65,7 +65,10 @@ _GOODBYE_TIMEOUT = 1.0
 _ASKED = (InfoType.EXPORT, InfoType.NAME, InfoType.DESCRIPTION, InfoType.BLOCK_SIZE)
 
 _REFUSALS: dict[int, tuple[str, str | None]] = {
-    OptionReply.ERR_POLICY: ("the server's policy forbids it", None),
+    OptionReply.ERR_POLICY: (
+        "the server's policy forbids it",
+        "whoever runs the server has to let you in; its log tells why it did not",
+    ),
     OptionReply.ERR_TLS_REQD: ("the server demands TLS", "say nbds:// or --tls require"),
     OptionReply.ERR_SHUTDOWN: ("the server is shutting down", "try again when it is back"),
     OptionReply.ERR_UNSUP: ("the server does not know that option", None),
@@ -491,6 +494,8 @@ class Negotiation:
             is_late = isinstance(error.__context__, TimeoutError)
             if self._suspects and not error.hint and not is_late:
                 error.hint = self.security.suspicion()
+            if is_late and not error.hint:
+                error.hint = stream.ASK_DOCTOR.format(self.target)
             raise
 
 

@@ -53,7 +53,10 @@ def require_loaded() -> None:
         ModuleMissingError: it is not.
     """
     if not loaded():
-        raise ModuleMissingError("the nbd kernel module is not loaded", hint="modprobe nbd")
+        raise ModuleMissingError(
+            "the nbd kernel module is not loaded",
+            hint="as root: modprobe nbd; `nbdlink doctor` tells whether it can be",
+        )
 
 
 def rights_error(what: str, errno: int) -> RightsError:

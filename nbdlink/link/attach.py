@@ -348,7 +348,8 @@ def _binding(
     if export.size < block_size:
         raise ConfigError(
             f"{spec.target.address}: the export {spec.target.export!r} has only {export.size} "
-            "bytes, less than one block"
+            "bytes, less than one block",
+            hint="see that the server serves what is meant",
         )
     flags = export.flags | (TransmissionFlag.READ_ONLY if spec.read_only else 0)
     return kernel.Binding(

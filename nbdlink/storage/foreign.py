@@ -23,6 +23,7 @@ from nbdlink.errors import StorageError
 from nbdlink.protocol.chunks import Extent
 from nbdlink.protocol.constants import ALLOCATION_CONTEXT, DEPTH_CONTEXT, MAX_EXPORT_SIZE
 from nbdlink.storage.base import Storage
+from nbdlink.storage.extras import installation
 from nbdlink.storage.probe import SECTOR, format_of
 
 _TITLES: Final = {"vmdk": "VMDK", "vdi": "VDI", "vpc": "VHD (vpc)", "vhdx": "VHDX"}
@@ -86,7 +87,7 @@ class ForeignStorage(Storage):
             file.close()
             raise StorageError(
                 f"{path}: reading {_TITLES[kind]} images takes the package dissect.hypervisor",
-                hint="pip install 'nbdlink[images]'",
+                hint=installation("nbdlink[images]"),
             ) from None
         except Exception as error:
             file.close()

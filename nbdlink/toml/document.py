@@ -137,7 +137,7 @@ def read_text(path: Path) -> str:
     Raises:
         ConfigError: it may not be read, may be written by others, or is no text.
     """
-    content = read_file(str(path), "the configuration")
+    content = read_file(str(path), "the configuration", "`man nbdlink.toml` tells what it may say")
     _refuse_foreign(path, content.mode, content.owner)
     try:
         return content.data.decode()

@@ -70,7 +70,7 @@ def connect(target: Target, deadline: Deadline) -> socket.socket:
         raise TransportError(
             f"{target.address}: no answer within {deadline.seconds:g} seconds",
             hint="is the server up, and does a firewall let the port through? "
-            f"{_ASK_DOCTOR.format(target.address)}",
+            f"{ASK_DOCTOR.format(target)}",
         ) from None
     except OSError as error:
         raise TransportError(
@@ -89,11 +89,14 @@ def reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower() if error.errno else str(error)
 
 
-_ASK_DOCTOR: Final = "`nbdlink doctor {}` walks the way there step by step"
+ASK_DOCTOR: Final = "`nbdlink doctor {}` walks the way there step by step"
+"""What to do next if it is not known what keeps a server from answering."""
 
 
 def _connect_hint(error: OSError, target: Target) -> str:
     if isinstance(error, socket.gaierror):
+        if target.host and Path(target.host).exists():
+            return f"{target.host} is a file of this machine; a server is wanted: nbdlink serve"
         return "check the host's spelling, or use an address"
     match error.errno:
         case errno.ECONNREFUSED:
@@ -106,7 +109,7 @@ def _connect_hint(error: OSError, target: Target) -> str:
             return "a Unix socket's path has at most 107 bytes"
         case errno.ENOTSOCK:
             return f"{target.socket} is not a socket"
-    return _ASK_DOCTOR.format(target.address)
+    return ASK_DOCTOR.format(target)
 
 
 def _connect_unix(path: str, deadline: Deadline) -> socket.socket:
@@ -208,7 +211,9 @@ def listen_tcp(host: str | None, port: int) -> list[socket.socket]:
         for sock in listeners:
             sock.close()
         hint = None
-        if error.errno == errno.EADDRINUSE:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            hint = "`ip address` shows the addresses of this machine; without one it is all of them"
+        elif error.errno == errno.EADDRINUSE:
             hint = "another server has the port; stop it, or choose one with --port"
         elif error.errno == errno.EACCES:
             hint = "ports below 1024 need root"
@@ -235,7 +240,12 @@ def listen_unix(path: str) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise TransportError(f"cannot listen on {path}: {reason(error)}") from None
+        hint = None
+        if error.errno == errno.ENOENT:
+            hint = f"make its folder first: mkdir -p {Path(path).parent}"
+        elif error.errno == errno.EACCES:
+            hint = f"you may not write to {Path(path).parent}; choose another path, or try as root"
+        raise TransportError(f"cannot listen on {path}: {reason(error)}", hint=hint) from None
     return sock
 
 

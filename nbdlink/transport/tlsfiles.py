@@ -6,6 +6,7 @@ in it be told without waiting for one to be imported. What the files mean is tol
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass, field, fields, replace
@@ -84,12 +85,15 @@ class FileContent:
     owner: int
 
 
-def read_file(path: str, what: str) -> FileContent:
+def read_file(
+    path: str, what: str, hint: str | None = "`man nbdlink-tls` tells how to make one"
+) -> FileContent:
     """Read a file of credentials, of at most `LARGEST_FILE` bytes.
 
     Args:
         path: the file; links are followed.
         what: what it should hold, for messages ("the certificate").
+        hint: what to do if there is no such file.
 
     Raises:
         ConfigError: it is missing, may not be read, is not a regular file or is too large.
@@ -98,8 +102,11 @@ def read_file(path: str, what: str) -> FileContent:
     try:
         # A FIFO without a writer must not hold up the program, nor a terminal become its own.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{named}: {reason(error)}", hint=hint) from None
     except OSError as error:
-        raise ConfigError(f"{named}: {reason(error)}") from None
+        hint = "try it as its owner, or as root" if error.errno == errno.EACCES else None
+        raise ConfigError(f"{named}: {reason(error)}", hint=hint) from None
     except ValueError:
         raise ConfigError(f"{named}: a path cannot contain NUL") from None
     try:

@@ -72,6 +72,24 @@ def test_closed_descriptors_are_no_bug_of_ours(tmp_path):
     assert "unexpected" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("head", "told"), [(b"QFI\xfb\0\0\0\3" + bytes(8184), True), (bytes(8192), False)]
+)
+def test_an_image_that_is_copied_as_it_is_to_a_disk_is_told(head, told, tmp_path, capsys):
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    image.write_bytes(head)
+    disk.write_bytes(bytes(8192))
+    with serve_in_thread({"": disk}, unix=tmp_path / "socket") as service:
+        main(["copy", "--progress", str(image), service.uri("")])
+    assert ("is a qcow2 image, which is copied as it is" in capsys.readouterr().err) == told
+
+
+def test_an_image_remains_one_in_a_file(tmp_path, capsys):
+    (tmp_path / "image").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(8184))
+    main(["copy", "--progress", str(tmp_path / "image"), str(tmp_path / "new")])
+    assert "qcow2" not in capsys.readouterr().err
+
+
 def test_stdout_gets_the_data_and_nothing_else(source):
     command = [sys.executable, "-m", "nbdlink", "copy", str(source), "-"]
     done = subprocess.run(command, capture_output=True, timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,6 +49,64 @@ def test_a_wrong_command_line_ends_with_2_and_two_lines(words, says, capsys):
     assert says in what
     verb = f" {words[0]}" if words and words[0] in VERBS else ""
     assert hint == f"  hint: see nbdlink{verb} --help"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["atach", "store1"], "attach"),
+        (["exports", "--jsn", "store1"], "--json"),
+        (["serve", "--prot=10809", "disk.img"], "--port"),
+        (["serve", "--cache", "nne", "disk.img"], "none"),
+        (["mirror", "stats"], "status"),
+    ],
+)
+def test_a_slip_is_told_with_what_was_meant(words, meant, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert capsys.readouterr().err.splitlines()[1:] == [f"  hint: did you mean {meant}?"]
+
+
+def test_a_verb_that_there_is_not_does_not_bring_a_list_of_all(capsys):
+    with pytest.raises(SystemExit):
+        main(["nonsense"])
+    assert capsys.readouterr().err.startswith("nbdlink: there is no verb 'nonsense'\n")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        (("-b", "192.0.2.1"), "ip address"),
+        (("-k", "no/such/folder/socket"), "mkdir -p no/such/folder"),
+    ],
+)
+def test_a_server_that_cannot_listen_says_what_next(place, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("disk.img").write_bytes(bytes(4096))
+    assert main(["serve", "-f", "raw", "-p", "0", *place, "disk.img"]) == 1
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "next_"),
+    [
+        (["attach", "/dev/nbd0", "store1/data"], "nbdlink attach store1/data /dev/nbd0"),
+        (["info", "--tls-psk", "no/file", "nbds://store1"], "`man nbdlink-tls`"),
+        (["serve", "-f", "raw", ""], "name a file"),
+        (["serve", "-f", "qcow2", "-r", __file__], "`qemu-img info`"),
+    ],
+)
+def test_a_beginners_mistake_is_told_with_what_next(words, next_, capsys):
+    assert main(words)
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"  hint: {next_}")
+
+
+def test_a_file_where_a_server_is_wanted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("disk.invalid").write_bytes(bytes(4096))
+    for word in ("disk.invalid", "./disk.invalid"):
+        assert main(["map", word])
+        assert "nbdlink serve" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -123,6 +182,13 @@ def test_output_that_cannot_be_written_is_said(words):
     assert done.stderr == "nbdlink: the output cannot be written: no space left on device\n"
 
 
+@pytest.mark.parametrize("words", ["list", "doctor 127.0.0.1:1"])
+def test_a_closed_stdout_is_no_bug(words):
+    command = f"{sys.executable} -m nbdlink {words} >&-"
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, timeout=100)
+    assert b"bug" not in done.stderr
+
+
 def test_a_closed_stdout_is_no_error():
     command = f"{sys.executable} -m nbdlink list --json >&-"
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, timeout=100)
@@ -153,6 +219,37 @@ def test_an_interrupted_command_ends_with_130(tmp_path):
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=100)
     assert (process.returncode, err) == (130, "nbdlink: interrupted\n")
+
+
+def test_who_interrupts_at_once_sees_no_more(tmp_path):
+    # An import that is interrupted, as one of the many before the command begins may be.
+    (tmp_path / "argparse.py").write_text("import _signal\n_signal.raise_signal(2)\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{MAN.parent}"}
+    done = nbdlink("list", env=environment)
+    assert (done.returncode, done.stderr) == (130, "nbdlink: interrupted\n")
+
+
+def test_a_second_interrupt_changes_nothing():
+    # It comes while the first is told of.
+    program = (
+        "import sys, _signal\n"
+        "class Slow:\n"
+        "    def write(self, text): _signal.raise_signal(2); sys.__stderr__.write(text)\n"
+        "    def flush(self): pass\n"
+        "import nbdlink.cli.main, nbdlink.__main__\n"
+        "sys.stderr = Slow()\n"
+        "nbdlink.cli.main.main = lambda: _signal.raise_signal(2)\n"
+        "nbdlink.__main__.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "nbdlink: interrupted\n")
+
+
+@pytest.mark.parametrize("page", sorted(MAN.iterdir()), ids=lambda page: page.name)
+def test_an_example_is_one_line_of_80_columns(page):
+    # `man` leaves two columns free at the end, and the macro indents by eleven.
+    examples = [line[4:] for line in page.read_text().splitlines() if line.startswith(".Dl ")]
+    assert [each for each in examples if len(re.sub(r"\\(.)", r"\1", each)) > 80 - 2 - 11] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -378,8 +378,10 @@ def test_a_server_that_hangs_up_at_any_byte_is_reported_and_nothing_leaks(liar):
 
 
 def test_a_server_that_says_nothing_is_given_up(liar):
-    with pytest.raises(TransportError, match="no answer within"):
-        negotiate(liar(lambda connection: connection.recv(1)).target, timeout=0.2)
+    target = liar(lambda connection: connection.recv(1)).target
+    with pytest.raises(TransportError, match="no answer within") as caught:
+        negotiate(target, timeout=0.2)
+    assert caught.value.hint == f"`nbdlink doctor {target}` walks the way there step by step"
 
 
 def test_a_server_that_dribbles_is_given_up_all_the_same(liar):

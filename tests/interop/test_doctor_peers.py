@@ -223,4 +223,4 @@ def test_other_verbs_point_at_the_doctor():
     done = _elsewhere('exec "$@"', "info", "192.0.2.1/data")
     what, hint = done.stderr.splitlines()
     assert "network is unreachable" in what
-    assert "`nbdlink doctor 192.0.2.1:10809`" in hint
+    assert "`nbdlink doctor nbd://192.0.2.1/data`" in hint

@@ -12,6 +12,7 @@ from nbdlink.cli.main import main
 from nbdlink.server import serve_in_thread
 
 from .conftest import until
+from .restarts import Restartable
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("runtime_directory")]
 
@@ -66,3 +67,21 @@ def test_a_free_device_that_somebody_holds_open(doctor):
         assert (status, found["use"]["status"]) == (0, "warning")
         assert "so that it cannot be attached" in found["use"]["found"]
         assert "has /dev/nbd5 open" in doctor()[1]["free devices"]["found"]
+
+
+def test_a_device_whose_server_stands_still(doctor, image, tmp_path, capsys):
+    server = Restartable("nbdlink", image, tmp_path).start()
+    try:
+        main(["attach", server.uri, "/dev/nbd5"])
+        server.freeze()
+        capsys.readouterr()
+        assert main(["doctor", "--json", "--timeout", "5", "/dev/nbd5"]) == 1
+        found = {each["check"]: each for each in json.loads(capsys.readouterr().out)}
+        assert "a read of it does not come back" in found["device"]["found"]
+        assert "says nothing for 5 seconds" in found["greeting"]["found"]
+        # Who reads that block for the doctor is no user of the device.
+        assert found.get("use") is None
+    finally:
+        server.thaw()
+        main(["detach", "--force", "/dev/nbd5"])
+        server.kill()

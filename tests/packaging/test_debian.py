@@ -26,6 +26,16 @@ def test_its_version_is_that_of_the_program():
     assert re.match(r"nbdlink \((.*)\)", changelog)[1] == __version__
 
 
+def test_what_builds_it_is_installed_before():
+    control = (PROJECT / "debian" / "control").read_text()
+    needed = re.findall(r"[a-z][a-z0-9-]+", re.search(r"(?ms)^Build-Depends: (.*?)^\S", control)[1])
+    script = (PROJECT / "vagrant" / "provision.sh").read_text()
+    installed = " ".join(re.findall(r'(?m)^deb="(.*)"$', script)).split()
+    # Names that another package provides; the last is needed by every build, and so not written.
+    real = {"debhelper-compat": "debhelper", "dh-sequence-python3": "dh-python"}
+    assert {real.get(name, name) for name in needed} | {"build-essential"} <= set(installed)
+
+
 def test_lintian_has_nothing_to_say(package):
     command = ["lintian", "--allow-root", "--fail-on", "error,warning", package[1]]
     done = subprocess.run(command, capture_output=True, text=True)

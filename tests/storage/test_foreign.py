@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from nbdlink.errors import StorageError
+from nbdlink.storage.extras import installation
 from nbdlink.storage.foreign import ForeignStorage
 from nbdlink.storage.open import StorageSpec, open_storage
 
@@ -169,4 +170,12 @@ def test_the_extra_is_named_if_it_is_missing(disk, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "dissect.hypervisor.disk.vdi", None)
     with pytest.raises(StorageError, match=r"dissect\.hypervisor") as caught:
         ForeignStorage.open(str(path), "vdi")
-    assert "nbdlink[images]" in caught.value.hint
+    assert caught.value.hint.endswith("pip install 'nbdlink[images]'")
+
+
+def test_an_extra_goes_where_nbdlink_is(monkeypatch):
+    monkeypatch.setattr(sys, "prefix", "/home/me/.local/pipx/venvs/nbdlink")
+    monkeypatch.setattr(sys, "executable", sys.prefix + "/bin/python")
+    assert installation("x").startswith("/home/me/.local/pipx/venvs/nbdlink/bin/python -m pip ")
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert installation("x") == "pip install 'x'"

@@ -26,11 +26,11 @@ def synchronised() -> bool | None:
     return None if state < 0 else state != _TIME_ERROR
 
 
-def says(now: datetime | None = None) -> str:
-    """Give what the clock says, and whether anything keeps it right."""
+def says(now: datetime | None = None, but: str = "") -> str:
+    """Give what the clock says, what speaks against that, and whether anything keeps it right."""
     moment = now or datetime.now(UTC)
-    alone = ", and nothing synchronises it" if synchronised() is False else ""
-    return f"this machine's clock says {moment:%Y-%m-%d %H:%M:%S} UTC{alone}"
+    alone = "; nothing synchronises it" if synchronised() is False else ""
+    return f"this machine's clock says {moment:%Y-%m-%d %H:%M:%S} UTC{but}{alone}"
 
 
 def examine_clock(now: datetime | None = None, installed: float | None = None) -> Finding:
@@ -47,6 +47,6 @@ def examine_clock(now: datetime | None = None, installed: float | None = None) -
     return Finding(
         CHECK,
         "warning",
-        f"{says(now)}, but nbdlink was installed on {since:%Y-%m-%d}",
+        says(now, f", but nbdlink was installed on {since:%Y-%m-%d}"),
         "set it (timedatectl set-ntp true, or date -s), or no certificate can be verified",
     )

@@ -26,12 +26,14 @@ def examine_device(index: int, *, seconds: float = STEP_SECONDS) -> Iterator[Fin
     Raises:
         KernelError: there is no such device.
     """
+    # Before a block is read, as who reads it may be held up, and is nobody's business then.
+    openers = [str(each) for each in usage.openers(index)]
     state = kernel.status(index, probe=True, deadline=seconds)
     known = record.read(index)
     if known and not known.describes(state.backend, state.pid):
         known = None
     yield _state(state, known)
-    yield from _users(state)
+    yield from _users(state, openers)
     if state.state is DeviceState.FREE:
         return
     if known is None:
@@ -98,10 +100,9 @@ def _state(state: kernel.DeviceStatus, known: Record | None) -> Finding:
     return Finding("device", "ok", f"{found}; to read it takes root")
 
 
-def _users(state: kernel.DeviceStatus) -> Iterator[Finding]:
+def _users(state: kernel.DeviceStatus, openers: list[str]) -> Iterator[Finding]:
     """Say who uses a device, for whom detaching it would be a loss."""
     uses = [str(each) for each in usage.uses(state.index)]
-    openers = [str(each) for each in usage.openers(state.index)]
     if state.state is DeviceState.FREE:
         for opener in openers:
             yield Finding(

@@ -29,4 +29,7 @@ class Finding:
 
 def failed(check: str, error: NBDError, otherwise: str | None = None) -> Finding:
     """Make a finding of an error, with its own advice or else this one."""
-    return Finding(check, "failed", str(error), error.hint or otherwise)
+    hint = error.hint
+    if hint and "nbdlink doctor" in hint:
+        hint = None  # that is who says it
+    return Finding(check, "failed", str(error), hint or otherwise)

@@ -392,7 +392,7 @@ def _dates(certificate: x509.Certificate) -> Iterator[Finding]:
         yield Finding(
             clock.CHECK,
             "failed",
-            f"{clock.says(now)}, which is before the certificate's time",
+            clock.says(now, ", which is before the certificate's time"),
             "set this machine's clock (timedatectl set-ntp true, or date -s) if it is slow; "
             "else the certificate was made with a clock that is fast",
         )
@@ -401,7 +401,7 @@ def _dates(certificate: x509.Certificate) -> Iterator[Finding]:
         yield Finding(
             clock.CHECK,
             "failed",
-            f"{clock.says(now)}, which is after the certificate's time",
+            clock.says(now, ", which is after the certificate's time"),
             "set this machine's clock (timedatectl set-ntp true, or date -s) if it is fast",
         )
     elif end - now < _EXPIRES_SOON:

@@ -51,7 +51,9 @@ class Spread(Storage):
             StorageError: there are too few.
         """
         if len(members) < 2:
-            raise StorageError(f"{name}: it takes two storages or more")
+            raise StorageError(
+                f"{name} alone: it takes two storages or more", hint="name all of them"
+            )
         self.members = tuple(members)
         self.name = name
         self.read_only = any(member.read_only for member in members)

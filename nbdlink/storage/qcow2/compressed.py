@@ -12,6 +12,7 @@ import zlib
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdlink.errors import StorageError
+from nbdlink.storage.extras import installation
 from nbdlink.storage.imagefile import ImageFile
 from nbdlink.storage.qcow2.header import Compression
 from nbdlink.storage.qcow2.tables import Geometry
@@ -38,7 +39,7 @@ def _zstd(name: str) -> Callable[[bytes, int], bytes]:
     except ImportError:
         raise StorageError(
             f"{name} has clusters compressed by zstd, which needs the Python package zstandard",
-            hint="pip install zstandard",
+            hint=installation("zstandard"),
         ) from None
 
     def unpack(data: bytes, size: int) -> bytes:

@@ -225,7 +225,9 @@ def first_cluster(name: str, head: bytes) -> int:
     """
     magic, version, *_ = _BASE.unpack_from(head.ljust(_BASE.size, b"\0"))
     if magic != MAGIC:
-        raise StorageError(f"{name} is not a qcow2 image")
+        raise StorageError(
+            f"{name} is not a qcow2 image", hint="`qemu-img info` tells what it is, or leave out -f"
+        )
     if version not in (2, 3):
         raise StorageError(
             f"{name}: version {version} of the format is unknown",
