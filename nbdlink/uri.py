@@ -128,8 +128,8 @@ def _parse_short(text: str) -> Target:
     if text.startswith(("/", "./", "../")):
         raise ConfigError(
             f"{text!r} is a path, not a server",
-            hint=f"serve a file first (nbdlink serve); for a Unix socket say "
-            f"nbd+unix:///?socket={text}",
+            hint="serve a file first (nbdlink serve); for a Unix socket say "
+            f"nbd+unix:///?socket={urllib.parse.quote(text, errors='surrogateescape')}",
         )
     place, slash, export = text.partition("/")
     if slash and text.startswith("["):

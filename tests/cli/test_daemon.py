@@ -130,7 +130,7 @@ def test_what_is_wrong_is_said_by_the_parent(words, status, says):
 def test_a_daemon_that_is_killed_as_it_starts_is_missed():
     code = (
         "import os, signal; from nbdlink.cli import main, serve\n"
-        "serve._catalogue = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "serve.planned_exports = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
         "raise SystemExit(main.main(['serve', '--fork', 'x']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
