@@ -63,6 +63,8 @@ class Copies:
             except Exception as error:
                 self._complain(each, path, error)
                 failed.add(each)
+            else:
+                self.failed.discard(each)
         return failed
 
     def write_regions(self, regions: set[int], *, durably: bool) -> set[str]:
