@@ -22,6 +22,7 @@ from nbdlink.storage.fallocate import (
     ZERO_RANGE,
     fallocate,
 )
+from nbdlink.storage.mirror.places import refuse_alone
 
 _HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
 
@@ -133,8 +134,10 @@ class FileDestination:
         flags = os.O_WRONLY | os.O_CLOEXEC
         if self.is_new:
             flags |= os.O_CREAT | os.O_EXCL
-        elif stat.S_ISBLK(Path(path).stat().st_mode):
-            flags |= os.O_EXCL  # the kernel refuses what is mounted
+        else:
+            refuse_alone(path)
+            if stat.S_ISBLK(Path(path).stat().st_mode):
+                flags |= os.O_EXCL  # the kernel refuses what is mounted
         try:
             self.fd = os.open(path, flags, 0o666)
         except OSError as error:

@@ -43,6 +43,7 @@ from nbdlink.storage.foreign import ForeignStorage
 from nbdlink.storage.imagefile import ImageFile, PosixFile
 from nbdlink.storage.layer import Layer
 from nbdlink.storage.locks import Use, lock
+from nbdlink.storage.mirror.places import refuse_alone
 from nbdlink.storage.overlay import Overlay
 from nbdlink.storage.policy import DetectZeroes, Policy
 from nbdlink.storage.probe import KNOWN, RAW, SECTOR, format_of, probe
@@ -128,6 +129,7 @@ class StorageSpec:
             none.
         lock_ranges: whether requests that overlap are done one after the other.
         block_sizes: what clients are asked for; None for what the storage needs.
+        is_member: whether it is opened by its mirror; others may not write to a mirror's member.
     """
 
     path: str
@@ -148,6 +150,7 @@ class StorageSpec:
     write_behind: int | None = None
     lock_ranges: bool = False
     block_sizes: BlockSizes | None = None
+    is_member: bool = False
 
     def check(self) -> None:
         """Look whether it makes sense, before anything is opened.
@@ -199,6 +202,8 @@ def open_storage(spec: StorageSpec) -> Storage:
         StorageError: it cannot be opened, or not in this way.
     """
     spec.check()
+    if not (spec.is_member or spec.read_only or spec.overlay or spec.snapshot is not None):
+        refuse_alone(spec.path)
     if spec.target is not None:
         return _open_remote(spec, spec.target)
     _check_kind(spec)

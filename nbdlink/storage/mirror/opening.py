@@ -77,7 +77,7 @@ def open_mirror(
     if len(named) < len(specs):
         raise ConfigError("a member of the mirror is named twice", hint="name each once")
     openers: dict[str, Opener] = {
-        address: functools.partial(opened, replace(spec, path=address))
+        address: functools.partial(opened, replace(spec, path=address, is_member=True))
         for address, spec in named.items()
     }
     may_grow = not any(spec.parts for spec in specs)
@@ -123,7 +123,7 @@ def open_mirror(
 def described(address: str, like: StorageSpec) -> StorageSpec:
     """Give the description of a member, all of which is used, that is otherwise like another."""
     target = Target.parse(address) if is_uri(address) else None
-    return replace(like, path=address, target=target, parts=())
+    return replace(like, path=address, target=target, parts=(), is_member=True)
 
 
 def _open_copies(

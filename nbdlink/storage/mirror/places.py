@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from nbdlink.errors import NBDError, StorageError
 from nbdlink.storage.mirror.record import Entry, State, peek
 from nbdlink.uri import Target, is_uri
 
@@ -109,6 +110,30 @@ def copies_that_name(addresses: set[str]) -> list[Path]:
         if state and addresses & {entry.address for entry in state.members}:
             found.append(path)
     return found
+
+
+def refuse_alone(word: str) -> None:
+    """Refuse to write to a storage past the mirror of which it is a member.
+
+    The mirror would believe that it has what the others have.
+
+    Raises:
+        StorageError: it is in a mirror's record.
+    """
+    try:
+        # A device may be in the record by another path than this one.
+        names = {canonical(word)} if is_uri(word) else {canonical(word), os.path.realpath(word)}
+        states = {path: peek(path) for path in copies_that_name(names)}
+    except (OSError, ValueError, NBDError):
+        return  # the word is no good, which is said better by who opens it
+    for path, state in states.items():
+        if state and names & {entry.address for entry in state.members}:
+            raise StorageError(
+                f"{word} is a member of the mirror {state.mirror}, which would not know of what is "
+                "written to it alone",
+                hint="serve the mirror, or only read it; if there is no mirror any more, remove "
+                f"{path}",
+            )
 
 
 def device_identity(path: str) -> str | None:

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_it_is_flushed_before_it_is_recorded_as_good(place):
         storage.below.flush = flush
         return storage
 
-    mirror.members[1].opener = lambda: opened(place.spec("b"))
+    mirror.members[1].opener = lambda: opened(replace(place.spec("b"), is_member=True))
     mirror.rebuild(str(place.path("b")))
     built(mirror)
     assert told == ["rebuilding"]
