@@ -40,6 +40,7 @@ class ServedDevice:
 
         Raises:
             ConfigError: not with these options.
+            KernelError: there is no such device, or it is attached.
         """
         if arguments.attach is None:
             return None
@@ -50,6 +51,13 @@ class ServedDevice:
                 "--attach goes without TLS: the device comes by a socket of this machine",
                 hint="leave the options for TLS out, or attach it by `nbdlink attach nbds://...`",
             )
+        from nbdlink import kernel
+        from nbdlink.kernel import device, sysfs
+
+        # Else the socket that is named after the device would be found in use, first.
+        index = kernel.index_of(arguments.attach, must_exist=False)
+        if sysfs.pid(index) is not None:
+            raise device.busy_error(index)
         return cls(arguments.attach)
 
     @property

@@ -75,6 +75,12 @@ def test_the_device_is_the_image(serving, image):
     assert read_device() == image.read_bytes()
 
 
+def test_a_device_that_is_attached_is_called_so(serving, tmp_path):
+    (tmp_path / "other.img").write_bytes(bytes(SIZE))
+    done = run("qemu-nbd", "-f", "raw", "-c", DEVICE, tmp_path / "other.img")
+    assert (done.returncode, f"{DEVICE} is attached already" in done.stderr) == (1, True)
+
+
 def test_a_detached_device_ends_the_server(serving):
     assert run("detach", DEVICE).returncode == 0
     assert serving.wait(PATIENCE) == 0
