@@ -174,13 +174,20 @@ def _parse_port(port: str, text: str) -> int:
 def _checked_export(name: str, text: str) -> str:
     if "\0" in name:
         raise ConfigError(f"{text!r}: an export's name cannot contain NUL")
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError:
-        raise ConfigError(f"{text!r}: the export's name is not valid Unicode") from None
-    if length > 4096:
+    if not _is_unicode(name):
+        raise ConfigError(f"{text!r}: the export's name is not valid Unicode")
+    if (length := len(name.encode())) > 4096:
         raise ConfigError(f"an export's name of {length} bytes is too long (4096)")
     return name
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether no byte of what was typed had to be taken over as it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_uri(text: str) -> Target:
@@ -202,6 +209,8 @@ def _parse_uri(text: str) -> Target:
     parameters = _parse_query(query, text)
     user, at, place = authority.rpartition("@")
     username = urllib.parse.unquote(user, errors="strict") if at else None
+    if not _is_unicode(user):
+        raise ConfigError(f"{text!r}: the user's name is not valid Unicode")
     tls = scheme.startswith("nbds")
     if "\0" in parameters.get("tls-hostname", "") + urllib.parse.unquote(place, errors="strict"):
         raise ConfigError(f"{text!r}: a host's name cannot contain NUL")

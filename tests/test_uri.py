@@ -85,6 +85,7 @@ def test_a_target_is_understood(text, target):
         ("nbd://host/%ff", "not valid UTF-8"),
         ("nbd://host/%00", "NUL"),
         ("nbd://localhost%00.example/", "NUL"),
+        ("nbd://u\udcff@host/", "user's name is not valid Unicode"),
         ("nbd+unix:///x", "not named"),
         ("nbd+unix:///?socket=", "not named"),
         ("nbd+unix:///?socket=/a%00b", "NUL"),
