@@ -332,6 +332,34 @@ def test_a_tail_that_fills_no_block_counts_as_data(liar):
         assert list(nbd.extents()) == [Extent(4096, 3), Extent(904, 0)]
 
 
+def test_an_answer_that_ends_within_a_block_is_asked_for_again_from_its_beginning(liar):
+    asked = []
+
+    def handle(answer, header, payload):
+        asked.append(header.offset)
+        extents = [Extent(1000, 0), Extent(3500, 3)]
+        tell(S, answer, {3: extents if not header.offset else [Extent(404, 3), Extent(9000, 0)]})
+
+    names = {"base:allocation": 3}
+    server = liar(serving(handle, size=12288, minimum=4096, names=names))
+    with nbdlink.connect(server.target) as nbd:
+        assert list(nbd.extents()) == [Extent(1000, 0), Extent(3500, 3), Extent(7788, 0)]
+    assert asked == [0, 4096]
+
+
+def test_a_server_that_tells_of_less_than_a_block_is_not_asked_for_ever(liar):
+    def handle(answer, header, payload):
+        tell(S, answer, {3: [Extent(1000, 0)]})
+
+    names = {"base:allocation": 3}
+    server = liar(serving(handle, size=8192, minimum=4096, names=names))
+    with (
+        nbdlink.connect(server.target) as nbd,
+        pytest.raises(RemoteProtocolError, match="no more than 1000 bytes of the block at 0"),
+    ):
+        list(nbd.extents())
+
+
 def test_how_much_is_asked_at_a_time_is_learnt(liar):
     asked = []
 

@@ -145,6 +145,22 @@ def test_peers_agree_to_structured_replies_and_tell_what_is_allocated(name, styl
         assert nbd.pread(SIZE, 0) == image.read_bytes()
 
 
+def test_an_export_of_large_blocks_whose_holes_end_anywhere_is_copied(tmp_path):
+    # What is asked first reaches to 1 GiB, and nbdkit's answer into a block behind it.
+    image, copied = tmp_path / "disk.img", tmp_path / "copied.img"
+    with image.open("wb") as file:
+        file.truncate(1025 * MIB)
+        file.seek(1024 * MIB + 5 * 4096)
+        file.write(b"x" * 4096)
+    target = Target(socket=str(tmp_path / "nbdkit.sock"))
+    command = ["nbdkit", "-f", "-U", str(target.socket), "--filter=blocksize-policy", "file"]
+    command += [str(image), "blocksize-minimum=64K", "blocksize-preferred=64K"]
+    command += ["blocksize-maximum=1M", "blocksize-error-policy=error"]
+    with _running(command, target):
+        copy(CopySpec(str(target), str(copied)))
+    subprocess.run(["cmp", image, copied], check=True, timeout=60)
+
+
 def test_nbdkit_may_be_told_to_send_errors_in_words(tmp_path):
     target = Target(socket=str(tmp_path / "nbdkit.sock"))
     command = ["nbdkit", "-f", "-U", str(target.socket), "--filter=error", "memory", "1M"]
