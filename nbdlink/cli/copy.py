@@ -93,6 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
             stack.close()
             print(f"nbdlink: {spec.destination} is incomplete", file=sys.stderr)
             raise
+    if summary.unflushed and sys.stderr is not None:
+        print(
+            f"nbdlink: {spec.destination}: its server cannot flush; what was copied becomes "
+            "durable when it likes",
+            file=sys.stderr,
+        )
     if arguments.json:
         output.print_json(_sheet(summary))
     elif visible:

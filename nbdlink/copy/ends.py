@@ -113,6 +113,9 @@ class ExportEnd:
     """An export, as source or destination.
 
     The first connection asks about the export, and is the first lane as well.
+
+    Attributes:
+        can_flush: whether its server can bring what was written to stable storage.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class ExportEnd:
         self.alignment = export.minimum_block
         self.largest = export.maximum_payload
         self.is_new = False
+        self.can_flush = self._main.can(TransmissionFlag.SEND_FLUSH)
         several = self._main.can(TransmissionFlag.CAN_MULTI_CONN)
         self.lanes: int | None = (connections or DEFAULT_CONNECTIONS) if several else 1
         if connections and connections > 1 and not several:
@@ -175,7 +179,7 @@ class ExportEnd:
 
     def finish(self, size: int, *, flush: bool) -> None:
         """Flush, where the server can; its promise for several connections covers all."""
-        if flush and self._main.can(TransmissionFlag.SEND_FLUSH):
+        if flush and self.can_flush:
             self._main.flush()
 
     def close(self) -> None:

@@ -76,6 +76,8 @@ class Summary:
         seconds: for copying and flushing.
         connections: how many were used to copy, to each export.
         verified: whether the ends were compared afterwards, and are equal.
+        unflushed: whether it was to be on stable storage, and the destination's server cannot
+            bring it there.
     """
 
     size: int
@@ -84,6 +86,7 @@ class Summary:
     seconds: float
     connections: int
     verified: bool
+    unflushed: bool = False
 
 
 _NOT_COMPARABLE = ConfigError(
@@ -134,7 +137,9 @@ def copy(spec: CopySpec, watch: Watch | None = None) -> Summary:
     data = sum(lane.data for lane in lanes)
     if spec.verify:
         _verify(spec, size, watch)
-    return Summary(size, data, size - data, seconds, len(lanes), spec.verify)
+    lacks_flush = isinstance(destination, ExportEnd) and not destination.can_flush
+    unflushed = spec.flush and lacks_flush
+    return Summary(size, data, size - data, seconds, len(lanes), spec.verify, unflushed)
 
 
 def _check(spec: CopySpec) -> None:

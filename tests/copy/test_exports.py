@@ -124,6 +124,17 @@ def test_all_is_flushed_in_the_end_after_every_write(disk, source):
     assert commands.index(Command.FLUSH) == len(commands) - 1
 
 
+def test_it_is_told_that_a_server_cannot_flush(disk, source):
+    assert copy(CopySpec(str(source), disk().uri)).unflushed
+
+
+@pytest.mark.parametrize(
+    ("flags", "flush"), [(F.HAS_FLAGS | F.SEND_FLUSH, True), (F.HAS_FLAGS, False)]
+)
+def test_nothing_is_unflushed_that_was_flushed_or_need_not_be(disk, source, flags, flush):
+    assert not copy(CopySpec(str(source), disk(flags=flags).uri, flush=flush)).unflushed
+
+
 def test_nothing_is_flushed_if_nobody_wants_it(disk, source):
     server = disk(flags=F.HAS_FLAGS | F.SEND_FLUSH)
     copy(CopySpec(str(source), server.uri, flush=False))

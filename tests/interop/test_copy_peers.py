@@ -130,6 +130,17 @@ def test_one_peer_is_copied_to_another(image, tmp_path):
     assert other.read_bytes() == image.read_bytes()
 
 
+def test_it_is_said_that_a_server_cannot_flush(tmp_path, capsys):
+    image = sparse(tmp_path / "disk.img", PATTERNS["middle"])
+    target = Target(socket=str(tmp_path / "nbdkit.sock"))
+    # Its plugin has no word for it.
+    command = ["nbdkit", "-f", "-U", str(target.socket), "eval", f"get_size=echo {SIZE}"]
+    command += ["pread=exit 1", "pwrite=cat >/dev/null", "can_write=exit 0"]
+    with _running(command, target):
+        assert main(["copy", str(image), str(target)]) == 0
+    assert "its server cannot flush" in capsys.readouterr().err
+
+
 # What the connection learns.
 
 
