@@ -91,6 +91,13 @@ def test_stdout_gets_the_data_and_nothing_else(source):
     assert (done.stdout, done.stderr) == (source.read_bytes(), b"")
 
 
+def test_stdout_gets_no_more_zeroes_than_there_are_at_the_end(tmp_path):
+    (tmp_path / "source.img").write_bytes(b"x" * 4096 + bytes(4196))
+    command = [sys.executable, "-m", "nbdlink", "copy", str(tmp_path / "source.img"), "-"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"x" * 4096 + bytes(4196)
+
+
 def test_stdin_is_read_to_its_end(tmp_path):
     content = os.urandom(700_001)
     command = [sys.executable, "-m", "nbdlink", "copy", "-", str(tmp_path / "new")]
