@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from nbdlink.client.connection import Connection, connect
+from nbdlink.client.negotiate import DEFAULT_TIMEOUT
 from nbdlink.client.pipeline import Pending
 from nbdlink.client.security import NO_OPTIONS, Security, TLSOptions
 from nbdlink.copy.zeroes import ZEROES
@@ -23,6 +24,10 @@ from nbdlink.uri import Target
 # A thread each, and more threads than processors only get into each other's way.
 DEFAULT_CONNECTIONS = min(4, len(os.sched_getaffinity(0)))
 """Connections to an export that allows several."""
+
+FURTHER_TIMEOUT = 3.0
+"""Seconds for each connection behind the first one, if nobody has asked for so many. Servers that
+let only a few in leave the others without an answer."""
 
 
 class SourceLane(Protocol):
@@ -154,6 +159,7 @@ class ExportEnd:
                 hint="use one connection (-C 1)",
             )
         self._main_is_free = True
+        self._patience = DEFAULT_TIMEOUT if connections else FURTHER_TIMEOUT
 
     def extents(self) -> Iterator[Extent]:
         """Ask for `base:allocation`."""
@@ -174,7 +180,8 @@ class ExportEnd:
             return ExportLane(self._main, self._allocate)
         # Extents are asked on the first connection only.
         return ExportLane(
-            connect(self._target, contexts=(), security=self._security), self._allocate
+            connect(self._target, contexts=(), security=self._security, timeout=self._patience),
+            self._allocate,
         )
 
     def finish(self, size: int, *, flush: bool) -> None:

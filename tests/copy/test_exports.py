@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from nbdlink.copy import ends
 from nbdlink.copy.engine import Tuning
 from nbdlink.copy.image import CopySpec, copy
 from nbdlink.errors import ConfigError, NBDError, RequestError
@@ -122,6 +123,25 @@ def test_all_is_flushed_in_the_end_after_every_write(disk, source):
     copy(CopySpec(str(source), server.uri))
     commands = [command for command, *_ in server.seen]
     assert commands.index(Command.FLUSH) == len(commands) - 1
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_server_that_lets_fewer_connections_in_than_suit_us_is_enough(
+    disk, source, verify, monkeypatch
+):
+    monkeypatch.setattr(ends, "DEFAULT_CONNECTIONS", 3)
+    monkeypatch.setattr(ends, "FURTHER_TIMEOUT", 0.1)
+    server = disk(flags=F.HAS_FLAGS | F.CAN_MULTI_CONN)  # which serves one after the other
+    summary = copy(CopySpec(str(source), server.uri, verify=verify))
+    assert server.content.startswith(source.read_bytes())
+    assert summary.connections == 1
+
+
+def test_connections_that_were_asked_for_have_to_be_there(disk, source, monkeypatch):
+    monkeypatch.setattr(ends, "DEFAULT_TIMEOUT", 0.1)
+    server = disk(flags=F.HAS_FLAGS | F.CAN_MULTI_CONN)
+    with pytest.raises(NBDError, match=r"no answer within 0\.1 seconds"):
+        copy(CopySpec(str(source), server.uri, connections=2))
 
 
 def test_it_is_told_that_a_server_cannot_flush(disk, source):
