@@ -50,7 +50,7 @@ from nbdlink.errors import (
 from nbdlink.uri import Target
 
 NULL = "null:"
-_SHORT_FORM = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[\w.-]+):\d+(/.*)?", re.ASCII)
+_SHORT_FORM = re.compile(r"(\[[0-9a-fA-F:.]+(%[\w.-]+)?\]|[\w.-]+):\d+(/.*)?", re.ASCII)
 
 _One = TypeVar("_One", bound=SourceLane)
 _Other = TypeVar("_Other", SourceLane, DestinationLane)

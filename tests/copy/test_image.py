@@ -11,7 +11,7 @@ import pytest
 
 from nbdlink.copy import engine, ranges
 from nbdlink.copy.engine import Tuning
-from nbdlink.copy.image import CopySpec, Summary, copy
+from nbdlink.copy.image import CopySpec, Summary, copy, export_of
 from nbdlink.errors import ConfigError, NBDError, StorageError
 from nbdlink.server import serve_in_thread
 
@@ -391,3 +391,25 @@ def test_progress_is_told_up_to_the_end(source, export):
         "copying": (SIZE, SIZE),
         "verifying": (SIZE, SIZE),
     }
+
+
+# What is an export, and what a path.
+
+
+@pytest.mark.parametrize(
+    ("word", "host"),
+    [
+        ("store1:10809", "store1"),
+        ("10.0.0.1:10809/data", "10.0.0.1"),
+        ("[fd00::1]:10809/data", "fd00::1"),
+        ("[fe80::1%eth0.7]:10809", "fe80::1%eth0.7"),
+        ("nbd://store1/data", "store1"),
+    ],
+)
+def test_an_address_with_a_port_is_an_export(word, host):
+    assert export_of(word).host == host
+
+
+@pytest.mark.parametrize("word", ["disk.img", "a:b", "[x]:1", "./store1:10809", "-"])
+def test_what_is_no_address_is_a_path(word):
+    assert export_of(word) is None
