@@ -383,6 +383,20 @@ def test_without_contexts_everything_is_data(liar):
         assert list(nbd.extents(10, 20)) == [Extent(20, 0)]
 
 
+def test_a_reply_that_has_come_while_nobody_could_look_is_not_late(liar):
+    answered = threading.Event()
+
+    def handle(answer, header, payload):
+        answer(ReplyType.NONE)
+        answered.set()
+
+    # The time is over before anybody waits, as it is for a process that was stopped meanwhile.
+    with nbdlink.connect(liar(serving(handle)).target, request_timeout=1e-9) as nbd:
+        request = nbd.submit_flush()
+        assert answered.wait(20)
+        request.wait()
+
+
 # Several connections on one thread.
 
 
