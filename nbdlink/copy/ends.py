@@ -221,14 +221,20 @@ class ExportLane:
 
     def zero(self, offset: int, length: int) -> Sequence[Pending]:
         """Begin to write zeroes; by sending them where the server cannot make them."""
-        if self._can_zero and length % self._alignment == 0:
+        short = length % self._alignment
+        if self._can_zero and not short:
             return (self._connection.submit_zero(length, offset, no_hole=self._allocate),)
+        # Of the end of a source that fills no block, only that is sent.
+        whole = length - short if self._can_zero else 0
+        begun: list[Pending] = []
+        if whole:
+            begun.append(self._connection.submit_zero(whole, offset, no_hole=self._allocate))
         most = min(self._connection.export.maximum_payload, len(ZEROES))
-        parts = (
-            self.write(ZEROES[: min(most, length - at)], offset + at)
-            for at in range(0, length, most)
-        )
-        return [part for part in parts if part is not None]
+        for at in range(whole, length, most):
+            part = self.write(ZEROES[: min(most, length - at)], offset + at)
+            if part is not None:
+                begun.append(part)
+        return begun
 
     def _write_tail(self, view: memoryview, offset: int) -> None:
         """Write the end of a source that fills no block: what is behind it stays as it is."""

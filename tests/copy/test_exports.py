@@ -118,6 +118,18 @@ def test_the_servers_blocks_are_kept_to_and_what_is_behind_the_end_stays(disk, s
     assert all(offset % minimum == length % minimum == 0 for _, offset, length in server.seen)
 
 
+def test_of_zeroes_at_the_end_only_what_fills_no_block_is_sent(disk, tmp_path):
+    source = tmp_path / "source.img"
+    source.touch()
+    os.truncate(source, 500_000)
+    server = disk(flags=F.HAS_FLAGS | F.SEND_WRITE_ZEROES, minimum=4096)
+    rest = server.content[500_000:]
+    copy(CopySpec(str(source), server.uri))
+    assert server.content == bytes(500_000) + rest
+    written = [(offset, length) for command, offset, length in server.seen if command == 1]
+    assert written == [(500_000 // 4096 * 4096, 4096)]
+
+
 def test_all_is_flushed_in_the_end_after_every_write(disk, source):
     server = disk(flags=F.HAS_FLAGS | F.SEND_FLUSH)
     copy(CopySpec(str(source), server.uri))
