@@ -90,7 +90,9 @@ class Target:
         user = urllib.parse.quote(self.username, safe="") + "@" if self.username else ""
         if self.socket is None:
             host = self.host or ""
-            authority = user + (f"[{host}]" if ":" in host else urllib.parse.quote(host, safe=""))
+            # The % before a zone as well, or what follows could be taken for an encoded byte.
+            quoted = urllib.parse.quote(host, safe=":")
+            authority = user + (f"[{quoted}]" if ":" in host else quoted)
             if self.port != DEFAULT_PORT:
                 authority += f":{self.port}"
         else:
@@ -165,21 +167,30 @@ def _parse_authority(authority: str, text: str) -> tuple[str, int]:
 
 
 def _parse_port(port: str, text: str) -> int:
-    if not (port.isascii() and port.isdigit()) or not 0 < int(port[:6]) < 65536:
+    # Cut, as Python reads no number of thousands of digits.
+    number = int(port.lstrip("0")[:6] or 0) if port.isascii() and port.isdigit() else 0
+    if not 0 < number < 65536:
         raise ConfigError(f"{text!r}: {port!r} is not a port (1 to 65535)")
-    return int(port)
+    return number
 
 
 def _checked_export(name: str, text: str) -> str:
     if "\0" in name:
         raise ConfigError(f"{text!r}: an export's name cannot contain NUL")
-    try:
-        length = len(name.encode())
-    except UnicodeEncodeError:
-        raise ConfigError(f"{text!r}: the export's name is not valid Unicode") from None
-    if length > 4096:
+    if not _is_unicode(name):
+        raise ConfigError(f"{text!r}: the export's name is not valid Unicode")
+    if (length := len(name.encode())) > 4096:
         raise ConfigError(f"an export's name of {length} bytes is too long (4096)")
     return name
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether no byte of what was typed had to be taken over as it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_uri(text: str) -> Target:
@@ -201,8 +212,10 @@ def _parse_uri(text: str) -> Target:
     parameters = _parse_query(query, text)
     user, at, place = authority.rpartition("@")
     username = urllib.parse.unquote(user, errors="strict") if at else None
+    if not _is_unicode(user):
+        raise ConfigError(f"{text!r}: the user's name is not valid Unicode")
     tls = scheme.startswith("nbds")
-    if "\0" in parameters.get("tls-hostname", "") + place:
+    if "\0" in parameters.get("tls-hostname", "") + urllib.parse.unquote(place, errors="strict"):
         raise ConfigError(f"{text!r}: a host's name cannot contain NUL")
     common = {
         "export": export,

@@ -10,7 +10,11 @@ from nbdlink.errors import ConfigError
 from nbdlink.uri import Target
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60)
-hosts = st.one_of(st.from_regex(r"[a-z0-9][a-z0-9.-]{0,30}", fullmatch=True), st.just("fd00::1"))
+hosts = st.one_of(
+    st.from_regex(r"[a-z0-9][a-z0-9.-]{0,30}", fullmatch=True),
+    st.just("fd00::1"),
+    st.from_regex(r"fe80::1%[a-z0-9]{1,15}", fullmatch=True),
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +28,9 @@ hosts = st.one_of(st.from_regex(r"[a-z0-9][a-z0-9.-]{0,30}", fullmatch=True), st
         ("[fd00::1]:10810", Target("fd00::1", 10810)),
         ("[fd00::1]:10810/x]y", Target("fd00::1", 10810, export="x]y")),
         ("10.0.0.1", Target("10.0.0.1")),
+        ("host:0000010810", Target("host", 10810)),
+        ("[fe80::1%12]/x", Target("fe80::1%12", export="x")),
+        ("nbd://[fe80::1%25eb0]/x", Target("fe80::1%eb0", export="x")),
         # The examples of doc/uri.md.
         ("nbd://example.com:10809/export", Target("example.com", export="export")),
         ("nbd+unix:///export?socket=nbd.sock", Target(socket="nbd.sock", export="export")),
@@ -63,6 +70,7 @@ def test_a_target_is_understood(text, target):
         ("host:0", "not a port"),
         ("host:65536", "not a port"),
         ("host:99999999999999999999", "not a port"),
+        ("host:006553599", "not a port"),
         ("host:nbd", "not a port"),
         ("host:\u0663", "not a port"),
         ("fd00::1", "needs brackets"),
@@ -77,6 +85,8 @@ def test_a_target_is_understood(text, target):
         ("nbd://host/#x", "fragment"),
         ("nbd://host/%ff", "not valid UTF-8"),
         ("nbd://host/%00", "NUL"),
+        ("nbd://localhost%00.example/", "NUL"),
+        ("nbd://u\udcff@host/", "user's name is not valid Unicode"),
         ("nbd+unix:///x", "not named"),
         ("nbd+unix:///?socket=", "not named"),
         ("nbd+unix:///?socket=/a%00b", "NUL"),
@@ -93,6 +103,12 @@ def test_nonsense_is_refused_by_name(text, says):
     with pytest.raises(ConfigError) as caught:
         Target.parse(text)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("zone", ["12", "eb0", "25eth0"])
+def test_a_zone_that_looks_percent_encoded_comes_back_from_its_uri(zone):
+    target = Target(f"fe80::1%{zone}", export="data")
+    assert Target.parse(str(target)) == target
 
 
 def test_a_misspelt_parameter_gets_a_suggestion():

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nbdlink.cli.tls import add_client_arguments, client_options
-from nbdlink.errors import ConfigError
+from nbdlink.errors import ConfigError, StorageError
 from nbdlink.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -59,6 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "stdout cannot take both the data and --json", hint="copy to a file, or leave it out"
         )
+    # What is read from or written to in their place (`main`) would take it for done.
+    for word, stream, name in (
+        (arguments.source, sys.stdin, "stdin"),
+        (arguments.destination, sys.stdout, "stdout"),
+    ):
+        if word == "-" and stream is None:
+            raise StorageError(f"{name} is closed", hint="open it, or name a file")
     spec = CopySpec(
         source=arguments.source,
         destination=arguments.destination,
@@ -88,6 +95,12 @@ def run(arguments: argparse.Namespace) -> int:
             stack.close()
             print(f"nbdlink: {spec.destination} is incomplete", file=sys.stderr)
             raise
+    if summary.unflushed and sys.stderr is not None:
+        print(
+            f"nbdlink: {spec.destination}: its server cannot flush; what was copied becomes "
+            "durable when it likes",
+            file=sys.stderr,
+        )
     if arguments.json:
         output.print_json(_sheet(summary))
     elif visible:

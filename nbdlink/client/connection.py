@@ -15,7 +15,7 @@ from nbdlink.client.negotiate import DEFAULT_TIMEOUT
 from nbdlink.client.opening import negotiate_best
 from nbdlink.client.pipeline import Pending, Pipeline
 from nbdlink.client.security import Security
-from nbdlink.errors import LocalProtocolError, NBDError
+from nbdlink.errors import LocalProtocolError, NBDError, RemoteProtocolError
 from nbdlink.protocol.chunks import Extent, pack_status_filter
 from nbdlink.protocol.claim import Claim
 from nbdlink.protocol.constants import (
@@ -217,6 +217,7 @@ class Connection:
 
         Raises:
             LocalProtocolError: the range ends past the export, or the context was not selected.
+            RemoteProtocolError: the server tells of less than a block.
         """
         end = self.size if length is None else offset + length
         if not 0 <= offset <= end <= self.size:
@@ -428,17 +429,27 @@ class Connection:
         # How much to ask for at a time is learnt: few extents come of a long range mostly, but
         # a fragmented one can have a million, and each takes a hundred bytes of memory.
         ask = _ASK_FIRST
+        block = self._rules.minimum_block
         while offset < end:
-            length = self._aligned(min(ask, end - offset))
+            # An answer may end within a block, and only whole ones can be asked about.
+            begin = at = offset // block * block
+            length = self._aligned(min(ask, end - begin))
             if not length:  # the export does not end at a block's end: not to be asked about
                 yield Extent(end - offset, 0)
                 return
-            extents = self.block_status(length, offset, contexts=(context,))[context]
+            extents = self.block_status(length, begin, contexts=(context,))[context]
+            known = offset
             for extent in extents:
-                part = min(extent.length, end - offset)
-                if part:
+                at += extent.length
+                part = min(at, end) - offset
+                if part > 0:
                     yield Extent(part, extent.flags)
-                offset += part
+                    offset += part
+            if offset == known:
+                raise RemoteProtocolError(
+                    f"{self.target.address}: the server tells of no more than {known - begin} "
+                    f"bytes of the block at {begin}"
+                )
             if len(extents) <= _FEW_EXTENTS:
                 ask = min(ask * 4, _ASK_MOST)
             elif len(extents) > _MANY_EXTENTS:

@@ -44,6 +44,10 @@ _GATHER = 64
 _PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
 _LAST_COOKIE = 0xFFFF_FFFF_FFFF_FFFF
 
+_SECOND_LOOK = 0.5
+"""Seconds to take what has come, once the time for it is over. A process that was stopped did not
+see it come, and the connection must not count as dead for that."""
+
 
 class Pending(Awaited):
     """A request on its way. `result` waits for its reply."""
@@ -212,7 +216,9 @@ class Pipeline:
             TransportError: it took too long, or the connection is dead.
             RemoteProtocolError: the connection is dead.
         """
-        deadline = Deadline(self._timeout if timeout is None else timeout)
+        seconds = self._timeout if timeout is None else timeout
+        deadline = Deadline(seconds)
+        is_over = False
         with self._turn:
             while not request.done:
                 if self._dead:
@@ -220,9 +226,10 @@ class Pipeline:
                 try:
                     left = deadline.left()
                 except TimeoutError:
-                    error = TransportError(
-                        f"{self.address}: no reply within {deadline.seconds:g} seconds"
-                    )
+                    if timeout is None and not is_over:
+                        deadline, is_over = Deadline(_SECOND_LOOK), True
+                        continue
+                    error = TransportError(f"{self.address}: no reply within {seconds:g} seconds")
                     if timeout is None:
                         self._fail(error)
                     raise error from None

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from nbdlink.client.connection import Connection, connect
+from nbdlink.client.negotiate import DEFAULT_TIMEOUT
 from nbdlink.client.pipeline import Pending
 from nbdlink.client.security import NO_OPTIONS, Security, TLSOptions
 from nbdlink.copy.zeroes import ZEROES
@@ -23,6 +24,10 @@ from nbdlink.uri import Target
 # A thread each, and more threads than processors only get into each other's way.
 DEFAULT_CONNECTIONS = min(4, len(os.sched_getaffinity(0)))
 """Connections to an export that allows several."""
+
+FURTHER_TIMEOUT = 3.0
+"""Seconds for each connection behind the first one, if nobody has asked for so many. Servers that
+let only a few in leave the others without an answer."""
 
 
 class SourceLane(Protocol):
@@ -113,6 +118,9 @@ class ExportEnd:
     """An export, as source or destination.
 
     The first connection asks about the export, and is the first lane as well.
+
+    Attributes:
+        can_flush: whether its server can bring what was written to stable storage.
     """
 
     def __init__(
@@ -141,6 +149,7 @@ class ExportEnd:
         self.alignment = export.minimum_block
         self.largest = export.maximum_payload
         self.is_new = False
+        self.can_flush = self._main.can(TransmissionFlag.SEND_FLUSH)
         several = self._main.can(TransmissionFlag.CAN_MULTI_CONN)
         self.lanes: int | None = (connections or DEFAULT_CONNECTIONS) if several else 1
         if connections and connections > 1 and not several:
@@ -150,6 +159,7 @@ class ExportEnd:
                 hint="use one connection (-C 1)",
             )
         self._main_is_free = True
+        self._patience = DEFAULT_TIMEOUT if connections else FURTHER_TIMEOUT
 
     def extents(self) -> Iterator[Extent]:
         """Ask for `base:allocation`."""
@@ -170,12 +180,13 @@ class ExportEnd:
             return ExportLane(self._main, self._allocate)
         # Extents are asked on the first connection only.
         return ExportLane(
-            connect(self._target, contexts=(), security=self._security), self._allocate
+            connect(self._target, contexts=(), security=self._security, timeout=self._patience),
+            self._allocate,
         )
 
     def finish(self, size: int, *, flush: bool) -> None:
         """Flush, where the server can; its promise for several connections covers all."""
-        if flush and self._main.can(TransmissionFlag.SEND_FLUSH):
+        if flush and self.can_flush:
             self._main.flush()
 
     def close(self) -> None:
@@ -210,14 +221,20 @@ class ExportLane:
 
     def zero(self, offset: int, length: int) -> Sequence[Pending]:
         """Begin to write zeroes; by sending them where the server cannot make them."""
-        if self._can_zero and length % self._alignment == 0:
+        short = length % self._alignment
+        if self._can_zero and not short:
             return (self._connection.submit_zero(length, offset, no_hole=self._allocate),)
+        # Of the end of a source that fills no block, only that is sent.
+        whole = length - short if self._can_zero else 0
+        begun: list[Pending] = []
+        if whole:
+            begun.append(self._connection.submit_zero(whole, offset, no_hole=self._allocate))
         most = min(self._connection.export.maximum_payload, len(ZEROES))
-        parts = (
-            self.write(ZEROES[: min(most, length - at)], offset + at)
-            for at in range(0, length, most)
-        )
-        return [part for part in parts if part is not None]
+        for at in range(whole, length, most):
+            part = self.write(ZEROES[: min(most, length - at)], offset + at)
+            if part is not None:
+                begun.append(part)
+        return begun
 
     def _write_tail(self, view: memoryview, offset: int) -> None:
         """Write the end of a source that fills no block: what is behind it stays as it is."""

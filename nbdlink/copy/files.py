@@ -183,7 +183,10 @@ class FileDestination:
         """Make a hole at once, or write zeroes where that is not possible."""
         if self.is_new and not self._allocate:
             return ()
-        for mode in tuple(self._modes):
+        # Of what reaches past a device's end the kernel makes a hole as far as there is one, and
+        # says that it is done; a write says that there is no room.
+        fits = self.is_regular or self.size is None or offset + length <= self.size
+        for mode in tuple(self._modes) if fits else ():
             try:
                 fallocate(self.fd, mode, offset, length)
             except OSError as error:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from nbdlink.client.security import NO_OPTIONS, TLSOptions
-from nbdlink.copy.ends import Destination, ExportEnd, NullEnd, Source
+from nbdlink.copy.ends import (
+    Destination,
+    DestinationLane,
+    ExportEnd,
+    NullEnd,
+    Source,
+    SourceLane,
+)
 from nbdlink.copy.engine import (
     CopyLane,
     Lane,
@@ -32,11 +40,20 @@ from nbdlink.copy.files import (
 from nbdlink.copy.ranges import REQUEST_SIZE as RANGE
 from nbdlink.copy.ranges import RangeLane
 from nbdlink.copy.verify import CompareLane, both, report
-from nbdlink.errors import ConfigError, NBDError
+from nbdlink.errors import (
+    ConfigError,
+    NBDError,
+    OptionError,
+    RemoteProtocolError,
+    TransportError,
+)
 from nbdlink.uri import Target
 
 NULL = "null:"
-_SHORT_FORM = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[\w.-]+):\d+(/.*)?", re.ASCII)
+_SHORT_FORM = re.compile(r"(\[[0-9a-fA-F:.]+(%[\w.-]+)?\]|[\w.-]+):\d+(/.*)?", re.ASCII)
+
+_One = TypeVar("_One", bound=SourceLane)
+_Other = TypeVar("_Other", SourceLane, DestinationLane)
 
 Watch = Callable[[str, int | None], Progress | None]
 """Is told what begins (`copying`, `verifying`) and how many bytes it has, None if that is not
@@ -76,6 +93,8 @@ class Summary:
         seconds: for copying and flushing.
         connections: how many were used to copy, to each export.
         verified: whether the ends were compared afterwards, and are equal.
+        unflushed: whether it was to be on stable storage, and the destination's server cannot
+            bring it there.
     """
 
     size: int
@@ -84,6 +103,7 @@ class Summary:
     seconds: float
     connections: int
     verified: bool
+    unflushed: bool = False
 
 
 _NOT_COMPARABLE = ConfigError(
@@ -134,7 +154,9 @@ def copy(spec: CopySpec, watch: Watch | None = None) -> Summary:
     data = sum(lane.data for lane in lanes)
     if spec.verify:
         _verify(spec, size, watch)
-    return Summary(size, data, size - data, seconds, len(lanes), spec.verify)
+    lacks_flush = isinstance(destination, ExportEnd) and not destination.can_flush
+    unflushed = spec.flush and lacks_flush
+    return Summary(size, data, size - data, seconds, len(lanes), spec.verify, unflushed)
 
 
 def _check(spec: CopySpec) -> None:
@@ -209,11 +231,9 @@ def _copy(
         if isinstance(source, FileSource) and isinstance(destination, FileDestination):
             lanes.append(RangeLane(supply, source, destination))
         else:
-            for _ in range(_count(source, destination)):
-                reading, writing = source.open_lane(), destination.open_lane()
-                stack.callback(reading.leave)
-                stack.callback(writing.leave)
-                lanes.append(CopyLane(supply, reading, writing, tuning))
+            count = _count(source, destination)
+            for pair in _pairs(spec, count, stack, source.open_lane, destination.open_lane):
+                lanes.append(CopyLane(supply, *pair, tuning))
         run_lanes(lanes, supply, watch("copying", source.size) if watch else None)
         size = source.size if supply.end is None else supply.end
         assert size is not None
@@ -239,6 +259,31 @@ def _count(one: Source, other: Source | Destination) -> int:
     return min((lanes for lanes in (one.lanes, other.lanes) if lanes is not None), default=1)
 
 
+def _pairs(
+    spec: CopySpec,
+    count: int,
+    stack: contextlib.ExitStack,
+    one: Callable[[], _One],
+    other: Callable[[], _Other],
+) -> Iterator[tuple[_One, _Other]]:
+    """Open a lane of each end `count` times, or as often as their servers let us in.
+
+    Raises:
+        TransportError, RemoteProtocolError, OptionError: not once, or not as often as was asked.
+    """
+    for number in range(count):
+        try:
+            left = one()
+            stack.callback(left.leave)
+            right = other()
+            stack.callback(right.leave)
+        except (TransportError, RemoteProtocolError, OptionError):
+            if not number or spec.connections:
+                raise
+            return
+        yield left, right
+
+
 def _verify(spec: CopySpec, size: int, watch: Watch | None) -> None:
     """Read both ends anew and compare them.
 
@@ -260,11 +305,10 @@ def _verify(spec: CopySpec, size: int, watch: Watch | None) -> None:
                 length=tuning.request_size,
             )
         )
-        lanes = []
-        for _ in range(_count(source, destination)):
-            left, right = source.open_lane(), destination.open_lane()
-            stack.callback(left.leave)
-            stack.callback(right.leave)
-            lanes.append(CompareLane(supply, left, right, tuning))
+        count = _count(source, destination)
+        lanes = [
+            CompareLane(supply, *pair, tuning)
+            for pair in _pairs(spec, count, stack, source.open_lane, destination.open_lane)
+        ]
         run_lanes(lanes, supply, watch("verifying", size) if watch else None)
     report(lanes, source.name, destination.name)

@@ -38,6 +38,7 @@ def runs(view: memoryview, block: int) -> Iterator[tuple[int, int, bool]]:
                 yield begin, start, False
             yield start, end, True
             begin = end
-        at = firsts.find(0, max(at + 1, end // block))
+        # Up: the end may lie within a block, which must not be told twice.
+        at = firsts.find(0, max(at + 1, -(-end // block)))
     if begin < length:
         yield begin, length, False

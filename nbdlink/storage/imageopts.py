@@ -199,7 +199,10 @@ def _export(tree: _Tree, prefix: str, spec: StorageSpec, credentials: Credential
     else:
         if not host or path is not None:
             raise ConfigError(f"a server is named by {name}host and {name}port")
-        if port is not None and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        if port is not None and not (
+            # Not longer, as Python reads no number of thousands of digits.
+            port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536
+        ):
             raise ConfigError(f"{name}port={port} is not a port", hint="use 1 to 65535")
         target = Target(host=host.strip("[]"), port=DEFAULT_PORT if port is None else int(port))
     target = replace(target, export=_text(tree, prefix, "export") or "")

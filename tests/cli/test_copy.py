@@ -66,10 +66,23 @@ def test_a_stream_that_ends_in_zeroes_is_copied_to_its_end(tmp_path, before):
     assert new.read_bytes() == data
 
 
-def test_closed_descriptors_are_no_bug_of_ours(tmp_path):
-    command = f"{sys.executable} -m nbdlink copy - {tmp_path}/new <&-"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
-    assert "unexpected" not in done.stderr
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [("copy - new <&-", "stdin is closed"), ("copy source.img - >&-", "stdout is closed")],
+)
+def test_nothing_is_copied_from_or_to_a_closed_stream(words, says, tmp_path):
+    (tmp_path / "source.img").write_bytes(bytes(4096))
+    done = subprocess.run(
+        f"{sys.executable} -m nbdlink {words}",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +107,13 @@ def test_stdout_gets_the_data_and_nothing_else(source):
     command = [sys.executable, "-m", "nbdlink", "copy", str(source), "-"]
     done = subprocess.run(command, capture_output=True, timeout=60)
     assert (done.stdout, done.stderr) == (source.read_bytes(), b"")
+
+
+def test_stdout_gets_no_more_zeroes_than_there_are_at_the_end(tmp_path):
+    (tmp_path / "source.img").write_bytes(b"x" * 4096 + bytes(4196))
+    command = [sys.executable, "-m", "nbdlink", "copy", str(tmp_path / "source.img"), "-"]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"x" * 4096 + bytes(4196)
 
 
 def test_stdin_is_read_to_its_end(tmp_path):

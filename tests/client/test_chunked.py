@@ -332,6 +332,34 @@ def test_a_tail_that_fills_no_block_counts_as_data(liar):
         assert list(nbd.extents()) == [Extent(4096, 3), Extent(904, 0)]
 
 
+def test_an_answer_that_ends_within_a_block_is_asked_for_again_from_its_beginning(liar):
+    asked = []
+
+    def handle(answer, header, payload):
+        asked.append(header.offset)
+        extents = [Extent(1000, 0), Extent(3500, 3)]
+        tell(S, answer, {3: extents if not header.offset else [Extent(404, 3), Extent(9000, 0)]})
+
+    names = {"base:allocation": 3}
+    server = liar(serving(handle, size=12288, minimum=4096, names=names))
+    with nbdlink.connect(server.target) as nbd:
+        assert list(nbd.extents()) == [Extent(1000, 0), Extent(3500, 3), Extent(7788, 0)]
+    assert asked == [0, 4096]
+
+
+def test_a_server_that_tells_of_less_than_a_block_is_not_asked_for_ever(liar):
+    def handle(answer, header, payload):
+        tell(S, answer, {3: [Extent(1000, 0)]})
+
+    names = {"base:allocation": 3}
+    server = liar(serving(handle, size=8192, minimum=4096, names=names))
+    with (
+        nbdlink.connect(server.target) as nbd,
+        pytest.raises(RemoteProtocolError, match="no more than 1000 bytes of the block at 0"),
+    ):
+        list(nbd.extents())
+
+
 def test_how_much_is_asked_at_a_time_is_learnt(liar):
     asked = []
 
@@ -353,6 +381,20 @@ def test_without_contexts_everything_is_data(liar):
     server = liar(serving(lambda *_: None, names={}))
     with nbdlink.connect(server.target) as nbd:
         assert list(nbd.extents(10, 20)) == [Extent(20, 0)]
+
+
+def test_a_reply_that_has_come_while_nobody_could_look_is_not_late(liar):
+    answered = threading.Event()
+
+    def handle(answer, header, payload):
+        answer(ReplyType.NONE)
+        answered.set()
+
+    # The time is over before anybody waits, as it is for a process that was stopped meanwhile.
+    with nbdlink.connect(liar(serving(handle)).target, request_timeout=1e-9) as nbd:
+        request = nbd.submit_flush()
+        assert answered.wait(20)
+        request.wait()
 
 
 # Several connections on one thread.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nbdlink.copy.engine import Segment, Supply, segments, stream_segments
@@ -18,6 +18,7 @@ block = st.sampled_from([bytes(BLOCK), bytes(BLOCK - 1) + b"x", b"x" * BLOCK, b"
 
 
 @given(blocks=st.lists(block, max_size=12), tail=st.binary(max_size=BLOCK - 1))
+@example(blocks=[b"x" * BLOCK, bytes(BLOCK)], tail=b"\0")
 def test_runs_are_zeroes_where_whole_blocks_are(blocks, tail):
     data = b"".join(blocks) + tail
     found = list(runs(memoryview(data), BLOCK))

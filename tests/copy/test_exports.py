@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from nbdlink.copy import ends
 from nbdlink.copy.engine import Tuning
 from nbdlink.copy.image import CopySpec, copy
 from nbdlink.errors import ConfigError, NBDError, RequestError
@@ -117,11 +118,53 @@ def test_the_servers_blocks_are_kept_to_and_what_is_behind_the_end_stays(disk, s
     assert all(offset % minimum == length % minimum == 0 for _, offset, length in server.seen)
 
 
+def test_of_zeroes_at_the_end_only_what_fills_no_block_is_sent(disk, tmp_path):
+    source = tmp_path / "source.img"
+    source.touch()
+    os.truncate(source, 500_000)
+    server = disk(flags=F.HAS_FLAGS | F.SEND_WRITE_ZEROES, minimum=4096)
+    rest = server.content[500_000:]
+    copy(CopySpec(str(source), server.uri))
+    assert server.content == bytes(500_000) + rest
+    written = [(offset, length) for command, offset, length in server.seen if command == 1]
+    assert written == [(500_000 // 4096 * 4096, 4096)]
+
+
 def test_all_is_flushed_in_the_end_after_every_write(disk, source):
     server = disk(flags=F.HAS_FLAGS | F.SEND_FLUSH)
     copy(CopySpec(str(source), server.uri))
     commands = [command for command, *_ in server.seen]
     assert commands.index(Command.FLUSH) == len(commands) - 1
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_server_that_lets_fewer_connections_in_than_suit_us_is_enough(
+    disk, source, verify, monkeypatch
+):
+    monkeypatch.setattr(ends, "DEFAULT_CONNECTIONS", 3)
+    monkeypatch.setattr(ends, "FURTHER_TIMEOUT", 0.1)
+    server = disk(flags=F.HAS_FLAGS | F.CAN_MULTI_CONN)  # which serves one after the other
+    summary = copy(CopySpec(str(source), server.uri, verify=verify))
+    assert server.content.startswith(source.read_bytes())
+    assert summary.connections == 1
+
+
+def test_connections_that_were_asked_for_have_to_be_there(disk, source, monkeypatch):
+    monkeypatch.setattr(ends, "DEFAULT_TIMEOUT", 0.1)
+    server = disk(flags=F.HAS_FLAGS | F.CAN_MULTI_CONN)
+    with pytest.raises(NBDError, match=r"no answer within 0\.1 seconds"):
+        copy(CopySpec(str(source), server.uri, connections=2))
+
+
+def test_it_is_told_that_a_server_cannot_flush(disk, source):
+    assert copy(CopySpec(str(source), disk().uri)).unflushed
+
+
+@pytest.mark.parametrize(
+    ("flags", "flush"), [(F.HAS_FLAGS | F.SEND_FLUSH, True), (F.HAS_FLAGS, False)]
+)
+def test_nothing_is_unflushed_that_was_flushed_or_need_not_be(disk, source, flags, flush):
+    assert not copy(CopySpec(str(source), disk(flags=flags).uri, flush=flush)).unflushed
 
 
 def test_nothing_is_flushed_if_nobody_wants_it(disk, source):

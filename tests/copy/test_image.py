@@ -11,9 +11,11 @@ import pytest
 
 from nbdlink.copy import engine, ranges
 from nbdlink.copy.engine import Tuning
-from nbdlink.copy.image import CopySpec, Summary, copy
+from nbdlink.copy.image import CopySpec, Summary, copy, export_of
 from nbdlink.errors import ConfigError, NBDError, StorageError
 from nbdlink.server import serve_in_thread
+
+from ..storage.test_raw_device import loop_device
 
 SIZE = 3 << 20
 
@@ -193,6 +195,19 @@ def test_an_export_streams_in_order(source, tmp_path):
         copy(CopySpec(service.uri(), str(fifo), tuning=Tuning(request_size=4096)))
     reader.join()
     assert got[0] == source.read_bytes()
+
+
+def test_a_stream_whose_zeroes_reach_past_the_end_of_a_device_is_an_error(tmp_path):
+    # There the kernel makes a hole of as much as there is, and says that all is well.
+    disk, fifo = tmp_path / "disk.img", tmp_path / "fifo"
+    disk.write_bytes(os.urandom(1_000_448))
+    os.mkfifo(fifo)
+    with loop_device(disk) as device:
+        writer = threading.Thread(target=fifo.write_bytes, args=(bytes(1 << 20),))
+        writer.start()
+        with pytest.raises(StorageError, match="cannot be written at 1000448: no space left"):
+            copy(CopySpec(str(fifo), device))
+        writer.join()
 
 
 def test_a_stream_that_is_too_long_is_an_error(tmp_path):
@@ -376,3 +391,25 @@ def test_progress_is_told_up_to_the_end(source, export):
         "copying": (SIZE, SIZE),
         "verifying": (SIZE, SIZE),
     }
+
+
+# What is an export, and what a path.
+
+
+@pytest.mark.parametrize(
+    ("word", "host"),
+    [
+        ("store1:10809", "store1"),
+        ("10.0.0.1:10809/data", "10.0.0.1"),
+        ("[fd00::1]:10809/data", "fd00::1"),
+        ("[fe80::1%eth0.7]:10809", "fe80::1%eth0.7"),
+        ("nbd://store1/data", "store1"),
+    ],
+)
+def test_an_address_with_a_port_is_an_export(word, host):
+    assert export_of(word).host == host
+
+
+@pytest.mark.parametrize("word", ["disk.img", "a:b", "[x]:1", "./store1:10809", "-"])
+def test_what_is_no_address_is_a_path(word):
+    assert export_of(word) is None

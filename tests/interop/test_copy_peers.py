@@ -130,6 +130,17 @@ def test_one_peer_is_copied_to_another(image, tmp_path):
     assert other.read_bytes() == image.read_bytes()
 
 
+def test_it_is_said_that_a_server_cannot_flush(tmp_path, capsys):
+    image = sparse(tmp_path / "disk.img", PATTERNS["middle"])
+    target = Target(socket=str(tmp_path / "nbdkit.sock"))
+    # Its plugin has no word for it.
+    command = ["nbdkit", "-f", "-U", str(target.socket), "eval", f"get_size=echo {SIZE}"]
+    command += ["pread=exit 1", "pwrite=cat >/dev/null", "can_write=exit 0"]
+    with _running(command, target):
+        assert main(["copy", str(image), str(target)]) == 0
+    assert "its server cannot flush" in capsys.readouterr().err
+
+
 # What the connection learns.
 
 
@@ -143,6 +154,22 @@ def test_peers_agree_to_structured_replies_and_tell_what_is_allocated(name, styl
         assert nbd.export.style >= style
         assert [extent.flags for extent in nbd.extents()] == [0, 3, 0]
         assert nbd.pread(SIZE, 0) == image.read_bytes()
+
+
+def test_an_export_of_large_blocks_whose_holes_end_anywhere_is_copied(tmp_path):
+    # What is asked first reaches to 1 GiB, and nbdkit's answer into a block behind it.
+    image, copied = tmp_path / "disk.img", tmp_path / "copied.img"
+    with image.open("wb") as file:
+        file.truncate(1025 * MIB)
+        file.seek(1024 * MIB + 5 * 4096)
+        file.write(b"x" * 4096)
+    target = Target(socket=str(tmp_path / "nbdkit.sock"))
+    command = ["nbdkit", "-f", "-U", str(target.socket), "--filter=blocksize-policy", "file"]
+    command += [str(image), "blocksize-minimum=64K", "blocksize-preferred=64K"]
+    command += ["blocksize-maximum=1M", "blocksize-error-policy=error"]
+    with _running(command, target):
+        copy(CopySpec(str(target), str(copied)))
+    subprocess.run(["cmp", image, copied], check=True, timeout=60)
 
 
 def test_nbdkit_may_be_told_to_send_errors_in_words(tmp_path):

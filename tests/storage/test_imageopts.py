@@ -135,6 +135,7 @@ def test_what_it_means(text, spec):
         ("driver=nbd,server.type=inet,server.path=p", "a server is named by server.host"),
         ("driver=nbd,server.host=h,server.ipv4=on", "server.ipv4 is not known"),
         ("driver=nbd,host=h,port=x", "port=x is not a port"),
+        (f"driver=nbd,host=h,port={'9' * 5000}", "is not a port"),
         ("driver=nbd,host=h,reconnect-delay=3", "reconnect-delay is not known"),
         ("driver=nbd,host=h,tls-hostname=n", "tls-hostname goes with tls-creds"),
         ("driver=nbd,host=h,tls-creds=t", "tls-creds=t: there are no credentials"),
