@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     # What is read from or written to in their place (`main`) would take it for done.
     for word, stream, name in (
-        (arguments.source, sys.stdin, "stdin"),
-        (arguments.destination, sys.stdout, "stdout"),
+        (arguments.source, sys.__stdin__, "stdin"),
+        (arguments.destination, sys.__stdout__, "stdout"),
     ):
         if word == "-" and stream is None:
             raise StorageError(f"{name} is closed", hint="open it, or name a file")

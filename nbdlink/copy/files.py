@@ -22,6 +22,7 @@ from nbdlink.storage.fallocate import (
     ZERO_RANGE,
     fallocate,
 )
+from nbdlink.storage.locks import Use, lock
 from nbdlink.storage.mirror.places import refuse_alone
 
 _HOLE = AllocationFlag.HOLE | AllocationFlag.ZERO
@@ -145,6 +146,13 @@ class FileDestination:
                 path, error, f"make its folder first: mkdir -p {Path(path).parent}"
             ) from None
         self.is_regular = stat.S_ISREG(os.fstat(self.fd).st_mode)
+        self._lock = -1
+        if self.is_regular and not self.is_new:
+            try:
+                self._keep_guests_away()
+            except StorageError:
+                self.close()
+                raise
         self.size: int | None = None if self.is_new else os.lseek(self.fd, 0, os.SEEK_END)
         self._modes = [PUNCH_HOLE, ZERO_RANGE]
         if allocate:
@@ -217,11 +225,23 @@ class FileDestination:
     def leave(self) -> None:
         """Have nothing of a lane to let go."""
 
+    def _keep_guests_away(self) -> None:
+        """Say to QEMU, and to servers of images, that the file is being written.
+
+        Raises:
+            StorageError: somebody uses it who cannot bear that.
+        """
+        with contextlib.suppress(OSError):  # who may only write cannot say so
+            # The locks take a file that is open for reading.
+            self._lock = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
+            lock(self._lock, self.name, Use.RAW_WRITE)
+
     def close(self) -> None:
         """Close the file."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
+        for fd in (self.fd, self._lock):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._lock = -1
 
 
 class StreamSource:

@@ -110,6 +110,18 @@ def test_a_guests_image_is_not_written_to(image):
     assert "is a guest running?" in str(caught.value)
 
 
+def test_nothing_is_copied_onto_a_guests_image(image, tmp_path):
+    before = image.read_bytes()
+    (tmp_path / "other").write_bytes(b"x" * len(before))
+    words = ["nbdlink", "copy", tmp_path / "other", image]
+    with guest(image):
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, words)], capture_output=True, text=True
+        )
+    assert (done.returncode, "is a guest running?" in done.stderr) == (1, True)
+    assert image.read_bytes() == before
+
+
 def test_a_guests_image_may_be_read(image):
     with guest(image):
         RawStorage.open(image, read_only=True).close()
