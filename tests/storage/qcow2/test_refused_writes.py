@@ -88,6 +88,7 @@ def test_a_refused_write_leaves_no_damage(folder, monkeypatch, kind, seed):
     content = qemu.content(path)
     assert all(content[at : at + 512] == data for at, data in model.items())
 
+
 class Full(Recorder):
     """Has no room behind some place, for good.
 
