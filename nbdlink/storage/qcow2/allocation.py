@@ -344,6 +344,7 @@ class Writer:
         area = None
         if kind is Kind.ZERO and host and entry & COPIED:
             position = host  # its space was kept
+            image.check_place(host, index << bits)
             self.check_target(host, size)
         else:
             while index + count <= last and self._needs_cluster(words[at + count], index + count):
