@@ -11,7 +11,8 @@ cache by a second descriptor; the kernel keeps the two in step, as long as nobod
 same page without the cache at the very moment (mm/filemap.c, `generic_file_direct_write`). So
 what is held are pages, or blocks if these are larger.
 
-All that holds for one process.
+All that holds for one process, for all that it has of a file together: parts of it that are served
+by themselves may begin and end within one block.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 import threading
+import weakref
 from contextlib import AbstractContextManager
 from typing import Final
 
@@ -29,6 +32,20 @@ _BUFFER: Final = 1 << 20
 """Bytes that go through a thread's buffer at a time."""
 _BLOCKS: Final = (512, 1024, 2048, 4096, 16384, 65536)
 """Alignments that are tried, where nothing tells which it is."""
+
+_ranges: Final[weakref.WeakValueDictionary[tuple[int, int], RangeLock]] = (
+    weakref.WeakValueDictionary()
+)
+_ranges_lock: Final = threading.Lock()
+
+
+def _ranges_of(fd: int) -> RangeLock:
+    """Give what keeps order among all who have the same file, or block device, open here."""
+    status = os.fstat(fd)
+    is_device = stat.S_ISBLK(status.st_mode)
+    key = (status.st_rdev, 0) if is_device else (status.st_dev, status.st_ino)
+    with _ranges_lock:
+        return _ranges.setdefault(key, RangeLock())
 
 
 class AlignedFile:
@@ -54,7 +71,7 @@ class AlignedFile:
         self._fd = fd
         self._grows = grows
         self._unit = max(block, mmap.PAGESIZE)
-        self._ranges = RangeLock()
+        self._ranges = _ranges_of(fd)
         self._buffers = threading.local()
         self._cached_fd = -1
         if grows and not read_only:

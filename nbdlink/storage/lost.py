@@ -12,8 +12,27 @@ import errno
 import mmap
 from typing import Final
 
-_SIGNS: Final = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT})
-"""How a failed write-back shows."""
+_NO_LOSS: Final = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBADF,
+        errno.EFAULT,
+        errno.EFBIG,
+        errno.EINTR,
+        errno.EINVAL,
+        errno.ENOMEM,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        errno.EPERM,
+        errno.ESHUTDOWN,
+    }
+)
+"""What is refused before anything is written, or is tried again by the kernel.
+
+Anything else may be a failed write-back. File systems pass on what the disk said: ENODATA of a
+medium, ETIMEDOUT, EREMOTEIO, ENOLINK of a path to it (`blk_errors` in block/blk-core.c), and those
+on a network or in userspace what a server said.
+"""
 
 
 class LostWrites:
@@ -40,5 +59,5 @@ class LostWrites:
 
     def note(self, error: OSError) -> None:
         """Take an error of something that should have made writes durable."""
-        if error.errno in _SIGNS:
-            self._memory[0] = error.errno
+        if error.errno not in _NO_LOSS:
+            self._memory[0] = error.errno or errno.EIO

@@ -112,6 +112,26 @@ def test_a_neighbour_waits_while_a_block_is_read_to_be_written_back(
     assert content[: min(offset, 100)] == b"a" * min(offset, 100)
 
 
+def test_a_neighbour_of_another_export_of_the_file_waits_as_well(storage, monkeypatch):
+    other = DirectStorage.open(storage.path, offset=200)
+    real, others = os.preadv, []
+
+    def preadv(fd, buffers, position, flags=0):
+        count = real(fd, buffers, position, flags)
+        if not others:
+            others.append(threading.Thread(target=write, args=(other, b"b" * 100, 0)))
+            others[0].start()
+            others[0].join(0.3)  # comes back at once if the neighbour does not wait
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    write(storage, b"a" * 100, 0)
+    others[0].join()
+    monkeypatch.undo()
+    assert read(storage, 200, 100) == b"b" * 100
+    other.close()
+
+
 def test_a_file_that_was_cut_off_is_an_error(storage):
     os.truncate(storage.path, 1 << 20)
     with pytest.raises(OSError, match="shorter") as caught:

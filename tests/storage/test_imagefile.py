@@ -13,6 +13,9 @@ from nbdlink.storage.imagefile import PosixFile
 
 K = 1024
 
+# What a disk, and what a server of files, may say of a write-back.
+LOSSES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ENODATA, errno.ETIMEDOUT, errno.ESTALE]
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -67,7 +70,7 @@ def test_a_file_that_takes_nothing_is_an_io_error(file, monkeypatch):
     assert caught.value.errno == errno.EIO
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", LOSSES)
 def test_after_a_lost_write_every_flush_fails(code, file, monkeypatch):
     def lost(fd):
         raise OSError(code, "lost")

@@ -18,6 +18,9 @@ from nbdlink.storage.raw import RawStorage
 from .arrays import play
 
 K = 1024
+
+# What a disk, and what a server of files, may say of a write-back.
+LOSSES = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ENODATA, errno.ETIMEDOUT, errno.ESTALE]
 FOLDERS = [Path(tempfile.gettempdir())]
 if Path("/dev/shm").is_dir():
     FOLDERS.append(Path("/dev/shm"))  # tmpfs has holes, but no ZERO_RANGE
@@ -186,7 +189,7 @@ def test_fua_of_requests_without_payload_is_a_sync(storage, syncs, request_):
     assert len(syncs) == 1
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("code", LOSSES)
 def test_a_lost_write_back_is_told_to_everybody(storage, monkeypatch, code):
     # The kernel tells it once, and the next fdatasync of the same open file succeeds.
     def fail_once(fd):

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from nbdlink.storage.qcow2.image import Image, L2Table
+from nbdlink.storage.qcow2.image import Image, L2Table, unlocked
 from nbdlink.storage.qcow2.refcounts import Area, NotAtHandError, Refcounts
 from nbdlink.storage.qcow2.tables import (
     ALL_ALLOCATED,
     COPIED,
     Kind,
     Run,
+    bytes_of,
     subcluster_bits,
     words_of,
 )
@@ -34,6 +35,10 @@ T = TypeVar("T")
 _PATIENCE: Final = 0.002
 """Seconds that a request that must not wait gives to whoever has the metadata lock: mostly it is
 free again in microseconds, but not if many tables are copied, or many clusters cleared."""
+
+
+class NoTableError(NotAtHandError):
+    """An L2 table has to be made; `Writer.at_hand` does it."""
 
 
 @dataclass(slots=True)
@@ -90,6 +95,7 @@ class Writer:
         self.backing_size = backing_size
         self.in_flight: set[int] = set()
         self._waiting = 0  # threads that wait for one of them
+        self._making: set[int] = set()  # L2 tables, by L1 index
         self._external = image.data is not image.file
 
     # Tables.
@@ -98,30 +104,59 @@ class Writer:
         """Give an L2 table that only the active L1 table refers to. With the lock held.
 
         Raises:
-            NotAtHandError: the disk has to be asked first, see `at_hand`.
-            OSError: there is no room for a new one, or the image is damaged.
+            NoTableError: it has to be made first, see `at_hand`.
+            NotAtHandError: the disk has to be asked first.
         """
         image = self.image
         if not image.is_at_hand(index):
             raise NotAtHandError
-        entry = image.l1[index]
         table = image.tables.get(index)
-        if entry & COPIED and table is not None:
-            return table
+        if table is None or not image.l1[index] & COPIED:
+            raise NoTableError
+        return table
+
+    def _make_table(self, index: int) -> None:
+        """Make an L2 table that is at hand a writable one, in a new place, or wait for who does.
+
+        It is written at once, and not only with the next flush: if there is no room for it, one
+        request fails, and not every flush from then on, of whatever else was written. With the
+        lock held, which is given back meanwhile.
+
+        Raises:
+            NotAtHandError: refcounts have to be fetched first.
+            OSError: there is no room for it; the image is damaged; or the disk refuses.
+        """
+        image, bits = self.image, self.image.geometry.cluster_bits
+        if index in self._making:
+            image.lock.wait()
+            return
         area = self.refcounts.allocate(1, for_metadata=True)
-        offset = area.first << image.geometry.cluster_bits
+        offset = area.first << bits
+        table = image.tables.get(index)
+        data = bytes_of(table.words) if table else bytes(image.geometry.cluster_size)
+        self._making.add(index)
+        try:
+            with unlocked(image.lock):
+                image.file.write_at(data, offset)
+            # Nobody has changed it, but it may have been thrown out.
+            table = image.load(index)
+        except BaseException:
+            self.refcounts.unallocate(area.first, 1)
+            raise
+        finally:
+            self._making.remove(index)
+            image.lock.notify_all()
         if table is None:
-            table = L2Table(index, offset, words_of(bytes(image.geometry.cluster_size)))
+            table = L2Table(index, offset, words_of(data))
             image.keep(table)
         else:
             # A snapshot has it too. The clusters in it were counted for both when it was made.
-            self.writeback.give_back(table.offset >> image.geometry.cluster_bits, 1)
+            self.writeback.give_back(table.offset >> bits, 1)
             table.offset = offset
         table.fresh = True
         image.mark(table, 0, len(table.words))
         image.l1[index] = offset | COPIED
         self.writeback.changed_l1.add(index)
-        return table
 
     def host_clusters(self, entry: int) -> tuple[int, int] | None:
         """Give the host clusters that an L2 entry counts for, first and count, or None."""
@@ -166,7 +201,10 @@ class Writer:
                 image.load(number)
             else:
                 try:
-                    return change()
+                    try:
+                        return change()
+                    except NoTableError:
+                        self._make_table(number)
                 except NotAtHandError:
                     self.refcounts.fetch()
 
@@ -226,6 +264,8 @@ class Writer:
         if geometry.extended or not image.lock.acquire(timeout=_PATIENCE):
             return None
         try:
+            if not image.l1[number] and number not in self._making:
+                self._make_table(number)
             if index in self.in_flight or image.damage is not None:
                 return None
             table = self.writable_table(number)
@@ -304,6 +344,7 @@ class Writer:
         area = None
         if kind is Kind.ZERO and host and entry & COPIED:
             position = host  # its space was kept
+            image.check_place(host, index << bits)
             self.check_target(host, size)
         else:
             while index + count <= last and self._needs_cluster(words[at + count], index + count):

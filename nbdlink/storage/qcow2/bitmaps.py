@@ -39,6 +39,9 @@ _DIRTY_TRACKING: Final = 1
 _MAX_NAME: Final = 1023
 _MAX_SIZE: Final = 512 << 20
 """Bytes of the largest bitmap; QEMU's limit."""
+_MAX_TABLES: Final = 64 << 20
+"""Bytes of all bitmap tables that are kept in memory: eight of the largest ones. A sparse file may
+have thousands, and take up nothing."""
 
 DIRTY: Final = 1
 """The flag of `qemu:dirty-bitmap` extents (docs/interop/nbd.rst in QEMU's sources)."""
@@ -122,7 +125,7 @@ class Bitmaps:
         buffer = bytearray(extension.size)
         file.read_at(memoryview(buffer), extension.offset)
         data = bytes(buffer)
-        position = tables = 0
+        position = tables = kept = 0
         for number in range(extension.count):
             bitmap, length = self._parse(data, position, number + 1)
             bitmap.flags_at += extension.offset
@@ -132,6 +135,12 @@ class Bitmaps:
             tables += 8 * bitmap.table_size
             if tables > file.size:
                 raise StorageError(f"{file.name}: the bitmap tables overlap")
+            kept += 8 * len(bitmap.table)
+            if kept > _MAX_TABLES:
+                raise StorageError(
+                    f"{file.name}: its bitmaps are too large to be kept in memory",
+                    hint="remove some: qemu-img bitmap --remove",
+                )
         if len({bitmap.name for bitmap in self.all}) < len(self.all) or position != len(data):
             raise StorageError(f"{file.name}: the bitmap directory is damaged")
         self.consistent = {b.name: b for b in self.all if b.is_consistent}

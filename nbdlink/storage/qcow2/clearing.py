@@ -50,6 +50,8 @@ def clear(writer: Writer, offset: int, end: int, *, may_trim: bool) -> list[tupl
     geometry = writer.image.geometry
     left: list[tuple[int, int]] = []
     while offset < end:
+        if writer.writeback.is_crowded:  # a range may be as long as the disk
+            writer.writeback.sync()
         index = offset >> geometry.cluster_bits
         last = min(end - 1 >> geometry.cluster_bits, index | geometry.l2_mask, index + _AT_ONCE)
         limit = min(end, last + 1 << geometry.cluster_bits)

@@ -315,8 +315,6 @@ class Qcow2Storage(Storage):
             return
         self._write_zeroes(offset, inner)
         self._write_zeroes(outer, end)
-        if self._writeback.is_crowded:
-            self._writeback.sync()
         for begin, limit in clear(writer, inner, outer, may_trim=may_trim):
             self._write_zeroes(begin, limit)
 
@@ -361,8 +359,6 @@ class Qcow2Storage(Storage):
             if self._image.header.raw_data_file:
                 self._data.zero_at(inner, outer - inner, may_trim=True)
             else:
-                if self._writeback.is_crowded:
-                    self._writeback.sync()
                 clear(writer, inner, outer, may_trim=True)
         if fua:
             self.flush()

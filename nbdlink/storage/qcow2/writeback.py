@@ -16,9 +16,10 @@ disk may do writes in any order, and leave some out. So, rules:
 4. A cluster is not given to somebody else while a request that may have found it under its
    old place is still under way, see `Epochs`.
 
-Nothing is written for a change of metadata alone. The tables in memory collect changes until
-somebody asks for a flush, or too many have come together; then `WriteBack.sync` takes a copy of
-all of them at one moment and writes it in two steps, with one flush behind each:
+Nothing is written for a change of metadata alone, but for new L2 tables, once, so that there is
+room for them later. The tables in memory collect changes until somebody asks for a flush, or too
+many have come together; then `WriteBack.sync` takes a copy of all of them at one moment and writes
+it in two steps, with one flush behind each:
 
     refcount blocks, new L2 tables (nothing refers to them)      and guest data long written
     -- flush --

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nbdlink.errors import StorageError
-from nbdlink.storage.qcow2 import Qcow2Storage
+from nbdlink.storage.qcow2 import Qcow2Storage, bitmaps
 
 from . import qemu
 from .crash import Recorder
@@ -213,6 +213,20 @@ def test_a_damaged_directory_is_refused_for_writing_only(image):
     storage = Qcow2Storage.open(image, read_only=True)
     assert "bitmap 1 is damaged" in storage.warnings[0]
     storage.close()
+
+
+def test_bitmaps_cannot_take_up_all_memory(image, monkeypatch):
+    for number in range(1, 4):
+        bitmap(image, "--add", "-g", "64k", name=f"b{number}")
+    monkeypatch.setattr(bitmaps, "_MAX_TABLES", 4 * 8)
+    Qcow2Storage.open(image, read_only=True).close()
+    monkeypatch.setattr(bitmaps, "_MAX_TABLES", 3 * 8)
+    storage = Qcow2Storage.open(image, read_only=True)
+    assert not any("bitmap" in context for context in storage.contexts)
+    assert "too large" in storage.warnings[0]
+    storage.close()
+    with pytest.raises(StorageError, match="too large"):
+        Qcow2Storage.open(image)
 
 
 def test_marks_that_many_threads_make_are_all_there(image):

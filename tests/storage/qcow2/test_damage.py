@@ -275,6 +275,17 @@ def test_a_short_read_of_a_cluster_elsewhere_in_a_data_file_is_an_io_error(optio
     storage.close()
 
 
+def test_zeroes_with_a_place_elsewhere_in_a_data_file_are_not_written_over(folder):
+    path = qemu.create(folder / "disk.qcow2", SIZE, options="data_file=data.raw")
+    qemu.io(path, "write -P 1 0 1M")
+    patch(path, l2_of(path) + 8, (1 << 63 | 128 * K | 1).to_bytes(8, "big"))
+    storage = Qcow2Storage.open(path)
+    with pytest.raises(OSError, match="elsewhere in the data file"):
+        storage.write(memoryview(b"2" * 512), 64 * K, False)
+    assert read(storage, 128 * K, 512) == b"\1" * 512
+    storage.close()
+
+
 @pytest.mark.parametrize("options", ["data_file=data.raw", "data_file=data.raw,extended_l2=on"])
 def test_a_cluster_elsewhere_in_a_data_file_is_an_io_error(options, folder):
     path = qemu.create(folder / "disk.qcow2", SIZE, options=options)

@@ -87,3 +87,41 @@ def test_a_refused_write_leaves_no_damage(folder, monkeypatch, kind, seed):
     qemu.check(path, leaks=True)
     content = qemu.content(path)
     assert all(content[at : at + 512] == data for at, data in model.items())
+
+
+class Full(Recorder):
+    """Has no room behind some place, for good.
+
+    Attributes:
+        room: bytes.
+    """
+
+    room = 0
+
+    def write_at(self, buffer, position):
+        if position + len(buffer) > self.room:
+            raise OSError(errno.ENOSPC, "no room")
+        super().write_at(buffer, position)
+
+
+@pytest.mark.parametrize("room", range(40 * 512, 44 * 512, 512))
+def test_a_write_without_room_does_not_keep_others_from_the_disk(folder, room):
+    path = qemu.create(folder / "disk.qcow2", SIZE, options="cluster_size=512")
+    file = Full.of(path)
+    file.room = len(file.now) + room
+    storage = Qcow2Storage.open(path, open_file=lambda p, _: file)
+    written = []
+
+    def fill():
+        for at in range(0, SIZE, 64 * 512):  # each needs a table of its own
+            write(storage, b"x" * 512, at)
+            written.append(at)
+
+    with pytest.raises(OSError, match="no room"):
+        fill()
+    storage.flush()
+    storage.close()
+    path.write_bytes(file.now)
+    qemu.check(path, leaks=True)
+    content = qemu.content(path)
+    assert all(content[at : at + 512] == b"x" * 512 for at in written)

@@ -12,7 +12,7 @@ import pytest
 
 from nbdlink.errors import StorageError
 from nbdlink.storage.imagefile import PosixFile
-from nbdlink.storage.qcow2 import Qcow2Storage
+from nbdlink.storage.qcow2 import Qcow2Storage, image
 from nbdlink.storage.raw import RawStorage
 
 from . import qemu
@@ -440,3 +440,26 @@ def test_unknown_autoclear_bits_are_cleared_by_a_writer(folder, opened):
     assert path.read_bytes()[88] == 0x80
     opened(path)
     assert path.read_bytes()[88] == 0
+
+
+@pytest.mark.parametrize("request_", ["zero", "trim"])
+def test_a_range_as_long_as_the_disk_does_not_keep_all_tables_in_memory(
+    request_, folder, monkeypatch
+):
+    monkeypatch.setattr(image, "L2_LIMIT", 16 * 512)
+    backing = qemu.create(folder / "base.qcow2", 4 << 20)
+    path = qemu.create(
+        folder / "disk.qcow2",
+        None,
+        options="cluster_size=512",
+        backing=backing.name,
+        backing_format="qcow2",
+    )
+    storage = Qcow2Storage.open(path)
+    if request_ == "zero":
+        storage.zero(0, storage.size, may_trim=True, fast=True, fua=False)
+    else:
+        storage.trim(0, storage.size, False)
+    assert len(storage._image.tables) <= 16
+    storage.close()
+    qemu.check(path)
