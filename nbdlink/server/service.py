@@ -11,7 +11,8 @@ goes wrong can reach another client. To stop, the accepting thread
   3. breaks off who is still there, makes the storages durable and closes them.
 
 The main thread of a program only waits for signals meanwhile, so that a second one is heard
-whatever the first is waiting for.
+whatever the first is waiting for. What SIGHUP asks for is done in a thread, too: a disk that does
+not answer may hold it up.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import errno
 import logging
 import math
 import os
+import queue
 import selectors
 import signal
 import socket
@@ -223,8 +225,12 @@ class Service:
         # the kernel gives to another one, or that comes just before the read, does not end it.
         wakeup = signal.set_wakeup_fd(self._finished, warn_on_full_buffer=False)
         before = [(number, signal.signal(number, caught)) for number in numbers]
+        renewals: queue.SimpleQueue[bool] = queue.SimpleQueue()
         try:
             self.start()
+            threading.Thread(
+                target=self._renew_when_told, args=(renewals,), name="nbd-renew", daemon=True
+            ).start()
             # Asked before anybody is told that we are there, and may close the terminal.
             has_terminal, session = _has_terminal(), os.getsid(0)
             try:
@@ -241,7 +247,7 @@ class Service:
                 if hangups:
                     hangups.clear()
                     if not is_attended:
-                        self.renew()
+                        renewals.put(True)
                     elif not signals:  # the kernel tells it, and the shell once more
                         signals.append(signal.SIGHUP)
                 if len(signals) > 1:
@@ -256,12 +262,21 @@ class Service:
             self.join()
             return self.status
         finally:
+            renewals.put(False)
             for number, handler in before:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             if not self._thread.is_alive():
                 os.close(finished)
                 os.close(self._finished)
+
+    def _renew_when_told(self, renewals: queue.SimpleQueue[bool]) -> None:
+        """Renew for each True that comes, one after the other, until False does."""
+        while renewals.get():
+            try:
+                self.renew()
+            except Exception as error:  # a storage's bug is nobody else's loss
+                _log.error("unexpected %s: %s", type(error).__name__, error)
 
     def renew(self) -> None:
         """Load credentials and exports anew, and have clients connect again that can.
@@ -458,7 +473,8 @@ class Service:
                 self._notices.close()
 
     def _close_storages(self, *, in_use: bool) -> None:
-        for storage in (self._offer or self.catalogue).storages:
+        storages = self._offer.end() if self._offer else self.catalogue.storages
+        for storage in storages:
             failed = False
             try:
                 if not self._aborting:
