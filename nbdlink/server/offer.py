@@ -154,6 +154,11 @@ class Offer:
         return self._read is not None
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether there are exports that were withdrawn and are still open."""
+        return bool(self._withdrawn)
+
+    @property
     def storages(self) -> list[Storage]:
         """Every storage that is open, those of withdrawn exports too."""
         with self._lock:

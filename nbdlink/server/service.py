@@ -17,6 +17,7 @@ not answer may hold it up.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -124,6 +125,7 @@ class Service:
             notices=notices,
             negotiation_timeout=negotiation_timeout,
             is_closing=lambda: self._stopping,
+            on_chosen=self._chosen,
             on_left=self._left,
         )
         self._notices = notices
@@ -438,6 +440,12 @@ class Service:
             self._paused_until = time.monotonic() + _PAUSE
         if len(self.sessions) >= self.sessions.bound:
             self._make_room(session)
+
+    def _chosen(self) -> None:
+        """Do as `_left`, in a thread: the client's own has its requests to answer."""
+        if self._offer is not None and self._offer.is_leaving:
+            with contextlib.suppress(RuntimeError):  # no thread: the next who leaves does it
+                threading.Thread(target=self._left, name="nbd-left", daemon=True).start()
 
     def _left(self) -> None:
         """Close the exports that were withdrawn, and that nobody uses any more."""

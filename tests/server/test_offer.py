@@ -18,7 +18,7 @@ from nbdlink.server.offer import ExportPlan, Offer
 from nbdlink.transport.stream import listen_unix
 from nbdlink.uri import Target
 
-from .fakes import FLUSH, READ, MemoryStorage, RawClient
+from .fakes import FLUSH, OPT_GO, READ, REP_ACK, MemoryStorage, RawClient, export_request
 
 
 class Site:
@@ -127,6 +127,16 @@ def test_who_is_in_the_handshake_may_have_been_told_of_it(site, eventually):
         site.renew(site.plan("a"))
         assert not site.opened[1].closed
     eventually(lambda: site.opened[1].closed)
+
+
+def test_who_has_chosen_another_one_does_not_keep_it_open(site, eventually):
+    with site.client("", handshake=False) as client:
+        client.receive(18)
+        site.renew(site.plan("a"))
+        client.send(b"\0\0\0\3")
+        assert client.option(OPT_GO, export_request(b"a"))[-1][0] == REP_ACK
+        eventually(lambda: site.opened[1].closed)
+        assert client.ask(READ, 0, 9)[0] == 0
 
 
 def test_who_came_later_keeps_nothing_open(site, eventually):
