@@ -76,6 +76,8 @@ class ChildServer:
                 command, number, *task = pickle.loads(message)
                 if command == "end":
                     self._end()
+                elif command == "let_go":
+                    self._let_go(number)
                 elif command == "reload":
                     self._reload()
                 elif command == "release":
@@ -106,6 +108,13 @@ class ChildServer:
             for session in self._sessions.values():
                 if session.phase is Phase.TRANSMISSION:
                     session.end()
+
+    def _let_go(self, number: int) -> None:
+        """Have one session end, which may have done so by itself."""
+        with self._lock:
+            session = self._sessions.get(number)
+            if session is not None and session.phase is Phase.TRANSMISSION:
+                session.end()
 
     def _report(self) -> None:
         with self._lock:

@@ -74,12 +74,17 @@ class _Child:
 
 
 class Processes:
-    """The further processes of a service."""
+    """The further processes of a service.
+
+    Attributes:
+        ending: whether sessions are let go because the service is about to end.
+    """
 
     def __init__(
         self, count: int, catalogue: Catalogue, security: ServerSecurity | None = None
     ) -> None:
         """Plan for `count` processes; none is there before `start`."""
+        self.ending = False
         self._count = count
         self._catalogue = catalogue
         self._security = security
@@ -262,7 +267,7 @@ class Processes:
             except OSError:
                 raise NBDError(f"process {child.pid} has died") from None
             session.superseded_elsewhere = lambda: self._tell(child, "supersede", session.number)
-            session.elsewhere = lambda: self._end(child)
+            session.elsewhere = lambda: self._let_go(child, session.number)
             # They may have come in between. A handshake that is broken off ends alone.
             if session.superseded:
                 session.superseded_elsewhere()
@@ -284,19 +289,22 @@ class Processes:
 
     def end(self) -> None:
         """Tell all processes that it is the end: no client comes to transmission any more."""
+        # One that does not listen will be cut off when the grace is over.
         for child in self._children:
-            self._end(child)
+            self._tell(child, "end", 0)
+
+    def _let_go(self, child: _Child, number: int) -> None:
+        """Have a session end; at the end of the service all, as of many messages some get lost."""
+        if self.ending:
+            self._tell(child, "end", 0)
+        else:
+            self._tell(child, "let_go", number)
 
     def reload(self) -> None:
         """Have all processes load the credentials anew."""
         for child in self._children:
             with contextlib.suppress(OSError):
                 child.control.send(pickle.dumps(("reload", 0)))
-
-    def _end(self, child: _Child) -> None:
-        """Tell a process, once, that all its sessions are to end: that is the only reason."""
-        # One that does not listen will be cut off when the grace is over.
-        self._tell(child, "end", 0)
 
     def _tell(self, child: _Child, command: str, number: int) -> None:
         """Tell a process something, unless it does not listen. Waits for nothing."""

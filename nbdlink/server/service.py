@@ -394,6 +394,7 @@ class Service:
     def _begin_to_end(self) -> None:
         if self._grace_ends == math.inf:
             self._grace_ends = time.monotonic() + self._grace
+            self._processes.ending = True
             self.sessions.end()
             self._processes.end()
             self._conversations.fences.close()

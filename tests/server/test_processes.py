@@ -20,6 +20,7 @@ from nbdlink.storage.raw import RawStorage
 
 from ..transport.pairs import authority, identity
 from .fakes import DISC, OPT_STARTTLS, READ, WRITE, MemoryStorage, RawClient, request
+from .gated import GatedServer, claimed
 from .tls_client import TLSClient
 
 
@@ -260,3 +261,33 @@ def test_a_lost_write_is_known_to_every_process(tmp_path):
     with pytest.raises(OSError, match="earlier writes were lost"):
         storage.flush()
     storage.close()
+
+
+@pytest.fixture
+def renewing(tmp_path):
+    """A server with one further process, which has a supervised client there, and others."""
+    with (
+        GatedServer(tmp_path, processes=1, tls=True, mode="allow", plain=True) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(RawClient(server))]  # in the first process
+        supervised = stack.enter_context(RawClient(server, handshake=False))
+        claimed(supervised, 1, notice=10809)
+        clients += [stack.enter_context(RawClient(server)) for _ in range(2)]  # one in each
+        yield server, supervised, clients
+
+
+def test_a_renewal_lets_nobody_go_who_is_not_supervised(renewing):
+    server, supervised, clients = renewing
+    server.process.send_signal(signal.SIGHUP)
+    assert supervised.hung_up()
+    assert [_answers(client) for client in clients] == [True] * 3
+
+
+def test_after_a_renewal_every_process_serves_newcomers(renewing):
+    server, supervised, _ = renewing
+    server.process.send_signal(signal.SIGHUP)
+    assert supervised.hung_up()
+    with contextlib.ExitStack() as stack:
+        newcomers = [stack.enter_context(server.client()) for _ in range(4)]
+        assert [_answers(client) for client in newcomers] == [True] * 4
