@@ -61,7 +61,8 @@ class _Child:
     Attributes:
         sessions: who waits for the outcome of a session, by its number.
         progress: what the process told last of each session.
-        reports: how many times it has told.
+        asked: how often it has been asked for that.
+        told: the number of the question that it has answered last.
     """
 
     def __init__(self, pid: int, control: socket.socket) -> None:
@@ -70,7 +71,7 @@ class _Child:
         self.sessions: dict[int, queue.SimpleQueue[tuple[Any, ...]]] = {}
         self.alive = True
         self.progress: dict[int, Progress] = {}
-        self.reports = 0
+        self.asked = self.told = 0
 
 
 class Processes:
@@ -108,13 +109,15 @@ class Processes:
         """
         children = [child for child in self._children if child.alive]
         with self._reported:
-            before = [child.reports for child in children]
             for child in children:
-                self._tell(child, "report", REPORT)
+                child.asked += 1
+                self._tell(child, "report", child.asked)
+            # An answer to somebody who has asked before says nothing of what was told since.
+            asked = [child.asked for child in children]
             self._reported.wait_for(
                 lambda: all(
-                    child.reports > count or not child.alive
-                    for child, count in zip(children, before, strict=True)
+                    child.told >= number or not child.alive
+                    for child, number in zip(children, asked, strict=True)
                 ),
                 _REPORT_SECONDS,
             )
@@ -224,10 +227,11 @@ class Processes:
         known = self._known.get(export.name)
         if known is None or known.storage is not export.storage:
             return
-        del self._known[export.name]
         for child in self._children:
             with contextlib.suppress(OSError):
                 child.control.send(pickle.dumps(("release", 0, export.name)))
+        # Now: whoever begins TLS there must find in its queue that the export is gone.
+        del self._known[export.name]
         # They do one thing after the other: once they have told, the file is closed everywhere,
         # and its locks are gone.
         self.progress()
@@ -318,8 +322,7 @@ class Processes:
                 number, *outcome = pickle.loads(message)
                 if number == REPORT:
                     with self._reported:
-                        child.progress = outcome[0]
-                        child.reports += 1
+                        child.told, child.progress = outcome
                         self._reported.notify_all()
                     continue
                 with self._lock:
