@@ -567,6 +567,7 @@ class TLSStream:
 
     def detach_socket(self) -> socket.socket:
         """Give the bare socket away: somebody else has the keys. It is blocking."""
+        self._closing = True  # there is nobody left to say goodbye to
         sock = socket.socket(fileno=self._sock.detach())
         sock.settimeout(None)
         return sock
