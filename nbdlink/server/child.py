@@ -76,6 +76,8 @@ class ChildServer:
                 command, number, *task = pickle.loads(message)
                 if command == "end":
                     self._end()
+                elif command == "let_go":
+                    self._let_go(number)
                 elif command == "reload":
                     self._reload()
                 elif command == "release":
@@ -83,7 +85,7 @@ class ChildServer:
                 elif command == "supersede":
                     self._supersede(number)
                 elif command == "report":
-                    self._report()
+                    self._report(number)
                 elif command == "admitted":
                     self._answers.pop(number).put(task[0])
                 elif descriptors and command == "secure":
@@ -107,7 +109,15 @@ class ChildServer:
                 if session.phase is Phase.TRANSMISSION:
                     session.end()
 
-    def _report(self) -> None:
+    def _let_go(self, number: int) -> None:
+        """Have one session end, which may have done so by itself."""
+        with self._lock:
+            session = self._sessions.get(number)
+            if session is not None and session.phase is Phase.TRANSMISSION:
+                session.end()
+
+    def _report(self, number: int) -> None:
+        """Answer question `number` of what all sessions have done."""
         with self._lock:
             infos = [session.info() for session in self._sessions.values()]
         progress = {
@@ -116,7 +126,7 @@ class ChildServer:
         }
         # Nobody is there to read it, or there are more sessions than fit into a message.
         with contextlib.suppress(OSError):
-            self._control.send(pickle.dumps((REPORT, progress)))
+            self._control.send(pickle.dumps((REPORT, number, progress)))
 
     def _supersede(self, number: int) -> None:
         with self._lock:

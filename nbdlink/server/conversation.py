@@ -48,6 +48,7 @@ class Conversations:
         notices: Notices | None,
         negotiation_timeout: float,
         is_closing: Callable[[], bool],
+        on_chosen: Callable[[], None],
         on_left: Callable[[], None],
     ) -> None:
         """Prepare for clients.
@@ -60,6 +61,8 @@ class Conversations:
             notices: who is to be told of a restart; None for nobody.
             negotiation_timeout: seconds that a client has for its handshake.
             is_closing: tells whether the service is about to stop.
+            on_chosen: called when a client has chosen an export, and so uses no other one; it
+                must not wait for anything.
             on_left: called when a client has left, and its socket is closed.
         """
         self.fences = Fences()
@@ -71,6 +74,7 @@ class Conversations:
         self._notices = notices
         self._negotiation_timeout = negotiation_timeout
         self._is_closing = is_closing
+        self._on_chosen = on_chosen
         self._on_left = on_left
 
     def hold(self, session: Session) -> None:
@@ -174,3 +178,4 @@ class Conversations:
     def _begin_transmission(self, session: Session, export: str) -> None:
         self._sessions.begin_transmission(session, export)
         _log.info("%s: connected to export %r", session.peer, export)
+        self._on_chosen()

@@ -32,6 +32,8 @@ _SECONDS: Final = 5.0
 """What a client has to say what it wants."""
 _PATIENCE: Final = 120.0
 """Seconds that an answer may take: another server's export may have to be opened."""
+_PAUSE: Final = 0.1
+"""Seconds without accepting after the system ran out of descriptors."""
 _CREDENTIALS: Final = struct.Struct("3i")  # struct ucred: process, user, group
 
 
@@ -66,6 +68,7 @@ class MirrorControl:
                 f"{self._path.parent} cannot be made: {(error.strerror or '').lower()}"
             ) from None
         self._listener = listen_unix(str(self._path))
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._accept, name="mirror-control", daemon=True)
         self._thread.start()
 
@@ -73,6 +76,7 @@ class MirrorControl:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closing.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes who accepts
         self._thread.join()
@@ -85,7 +89,10 @@ class MirrorControl:
             try:
                 client, _ = self._listener.accept()
             except OSError:
-                return
+                # It is the end, or there are no descriptors for now.
+                if self._closing.wait(_PAUSE):
+                    return
+                continue
             threading.Thread(
                 target=self._serve, args=(client,), name="mirror-client", daemon=True
             ).start()

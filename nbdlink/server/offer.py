@@ -140,6 +140,7 @@ class Offer:
         # Held by whoever has exports come, change or go, to the end of it: in between, a storage
         # may be in no list, and whoever closes them all would miss it.
         self._lock = threading.RLock()
+        self._ended = False
         with contextlib.ExitStack() as undo:
             exports = open_exports(plans)
             for export in exports:
@@ -153,11 +154,22 @@ class Offer:
         return self._read is not None
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether there are exports that were withdrawn and are still open."""
+        return bool(self._withdrawn)
+
+    @property
     def storages(self) -> list[Storage]:
         """Every storage that is open, those of withdrawn exports too."""
         with self._lock:
             leaving = [withdrawn.export.storage for withdrawn in self._withdrawn.values()]
             return self.catalogue.storages + leaving
+
+    def end(self) -> list[Storage]:
+        """Let nothing come or go any more; give every storage that is open, to be closed."""
+        with self._lock:
+            self._ended = True
+            return self.storages
 
     def begin(self) -> None:
         """Have what is beside the exports begin, once the service has done its forks.
@@ -188,7 +200,8 @@ class Offer:
             _log.error("the exports stay as they are: %s", _sentence(error))
             return
         with self._lock:
-            self._follow_all(plans, sessions, release)
+            if not self._ended:
+                self._follow_all(plans, sessions, release)
 
     def _follow_all(
         self,
@@ -298,6 +311,8 @@ class Offer:
         if not self._withdrawn:
             return
         with self._lock:
+            if self._ended:
+                return
             unused = [
                 withdrawn
                 for name, withdrawn in self._withdrawn.items()

@@ -61,7 +61,8 @@ class _Child:
     Attributes:
         sessions: who waits for the outcome of a session, by its number.
         progress: what the process told last of each session.
-        reports: how many times it has told.
+        asked: how often it has been asked for that.
+        told: the number of the question that it has answered last.
     """
 
     def __init__(self, pid: int, control: socket.socket) -> None:
@@ -70,16 +71,21 @@ class _Child:
         self.sessions: dict[int, queue.SimpleQueue[tuple[Any, ...]]] = {}
         self.alive = True
         self.progress: dict[int, Progress] = {}
-        self.reports = 0
+        self.asked = self.told = 0
 
 
 class Processes:
-    """The further processes of a service."""
+    """The further processes of a service.
+
+    Attributes:
+        ending: whether sessions are let go because the service is about to end.
+    """
 
     def __init__(
         self, count: int, catalogue: Catalogue, security: ServerSecurity | None = None
     ) -> None:
         """Plan for `count` processes; none is there before `start`."""
+        self.ending = False
         self._count = count
         self._catalogue = catalogue
         self._security = security
@@ -103,13 +109,15 @@ class Processes:
         """
         children = [child for child in self._children if child.alive]
         with self._reported:
-            before = [child.reports for child in children]
             for child in children:
-                self._tell(child, "report", REPORT)
+                child.asked += 1
+                self._tell(child, "report", child.asked)
+            # An answer to somebody who has asked before says nothing of what was told since.
+            asked = [child.asked for child in children]
             self._reported.wait_for(
                 lambda: all(
-                    child.reports > count or not child.alive
-                    for child, count in zip(children, before, strict=True)
+                    child.told >= number or not child.alive
+                    for child, number in zip(children, asked, strict=True)
                 ),
                 _REPORT_SECONDS,
             )
@@ -219,10 +227,11 @@ class Processes:
         known = self._known.get(export.name)
         if known is None or known.storage is not export.storage:
             return
-        del self._known[export.name]
         for child in self._children:
             with contextlib.suppress(OSError):
                 child.control.send(pickle.dumps(("release", 0, export.name)))
+        # Now: whoever begins TLS there must find in its queue that the export is gone.
+        del self._known[export.name]
         # They do one thing after the other: once they have told, the file is closed everywhere,
         # and its locks are gone.
         self.progress()
@@ -262,7 +271,7 @@ class Processes:
             except OSError:
                 raise NBDError(f"process {child.pid} has died") from None
             session.superseded_elsewhere = lambda: self._tell(child, "supersede", session.number)
-            session.elsewhere = lambda: self._end(child)
+            session.elsewhere = lambda: self._let_go(child, session.number)
             # They may have come in between. A handshake that is broken off ends alone.
             if session.superseded:
                 session.superseded_elsewhere()
@@ -284,19 +293,22 @@ class Processes:
 
     def end(self) -> None:
         """Tell all processes that it is the end: no client comes to transmission any more."""
+        # One that does not listen will be cut off when the grace is over.
         for child in self._children:
-            self._end(child)
+            self._tell(child, "end", 0)
+
+    def _let_go(self, child: _Child, number: int) -> None:
+        """Have a session end; at the end of the service all, as of many messages some get lost."""
+        if self.ending:
+            self._tell(child, "end", 0)
+        else:
+            self._tell(child, "let_go", number)
 
     def reload(self) -> None:
         """Have all processes load the credentials anew."""
         for child in self._children:
             with contextlib.suppress(OSError):
                 child.control.send(pickle.dumps(("reload", 0)))
-
-    def _end(self, child: _Child) -> None:
-        """Tell a process, once, that all its sessions are to end: that is the only reason."""
-        # One that does not listen will be cut off when the grace is over.
-        self._tell(child, "end", 0)
 
     def _tell(self, child: _Child, command: str, number: int) -> None:
         """Tell a process something, unless it does not listen. Waits for nothing."""
@@ -310,8 +322,7 @@ class Processes:
                 number, *outcome = pickle.loads(message)
                 if number == REPORT:
                     with self._reported:
-                        child.progress = outcome[0]
-                        child.reports += 1
+                        child.told, child.progress = outcome
                         self._reported.notify_all()
                     continue
                 with self._lock:

@@ -11,15 +11,18 @@ goes wrong can reach another client. To stop, the accepting thread
   3. breaks off who is still there, makes the storages durable and closes them.
 
 The main thread of a program only waits for signals meanwhile, so that a second one is heard
-whatever the first is waiting for.
+whatever the first is waiting for. What SIGHUP asks for is done in a thread, too: a disk that does
+not answer may hold it up.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
 import os
+import queue
 import selectors
 import signal
 import socket
@@ -122,6 +125,7 @@ class Service:
             notices=notices,
             negotiation_timeout=negotiation_timeout,
             is_closing=lambda: self._stopping,
+            on_chosen=self._chosen,
             on_left=self._left,
         )
         self._notices = notices
@@ -223,8 +227,12 @@ class Service:
         # the kernel gives to another one, or that comes just before the read, does not end it.
         wakeup = signal.set_wakeup_fd(self._finished, warn_on_full_buffer=False)
         before = [(number, signal.signal(number, caught)) for number in numbers]
+        renewals: queue.SimpleQueue[bool] = queue.SimpleQueue()
         try:
             self.start()
+            threading.Thread(
+                target=self._renew_when_told, args=(renewals,), name="nbd-renew", daemon=True
+            ).start()
             # Asked before anybody is told that we are there, and may close the terminal.
             has_terminal, session = _has_terminal(), os.getsid(0)
             try:
@@ -241,7 +249,7 @@ class Service:
                 if hangups:
                     hangups.clear()
                     if not is_attended:
-                        self.renew()
+                        renewals.put(True)
                     elif not signals:  # the kernel tells it, and the shell once more
                         signals.append(signal.SIGHUP)
                 if len(signals) > 1:
@@ -256,12 +264,21 @@ class Service:
             self.join()
             return self.status
         finally:
+            renewals.put(False)
             for number, handler in before:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(wakeup)
             if not self._thread.is_alive():
                 os.close(finished)
                 os.close(self._finished)
+
+    def _renew_when_told(self, renewals: queue.SimpleQueue[bool]) -> None:
+        """Renew for each True that comes, one after the other, until False does."""
+        while renewals.get():
+            try:
+                self.renew()
+            except Exception as error:  # a storage's bug is nobody else's loss
+                _log.error("unexpected %s: %s", type(error).__name__, error)
 
     def renew(self) -> None:
         """Load credentials and exports anew, and have clients connect again that can.
@@ -379,6 +396,7 @@ class Service:
     def _begin_to_end(self) -> None:
         if self._grace_ends == math.inf:
             self._grace_ends = time.monotonic() + self._grace
+            self._processes.ending = True
             self.sessions.end()
             self._processes.end()
             self._conversations.fences.close()
@@ -426,6 +444,12 @@ class Service:
         if len(self.sessions) >= self.sessions.bound:
             self._make_room(session)
 
+    def _chosen(self) -> None:
+        """Do as `_left`, in a thread: the client's own has its requests to answer."""
+        if self._offer is not None and self._offer.is_leaving:
+            with contextlib.suppress(RuntimeError):  # no thread: the next who leaves does it
+                threading.Thread(target=self._left, name="nbd-left", daemon=True).start()
+
     def _left(self) -> None:
         """Close the exports that were withdrawn, and that nobody uses any more."""
         if self._offer is not None and not self._stopping:
@@ -460,7 +484,8 @@ class Service:
                 self._notices.close()
 
     def _close_storages(self, *, in_use: bool) -> None:
-        for storage in (self._offer or self.catalogue).storages:
+        storages = self._offer.end() if self._offer else self.catalogue.storages
+        for storage in storages:
             failed = False
             try:
                 if not self._aborting:

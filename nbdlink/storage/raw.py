@@ -36,7 +36,7 @@ from nbdlink.storage.fallocate import (
 from nbdlink.storage.fingerprint import fingerprint
 from nbdlink.storage.holes import data_and_holes
 from nbdlink.storage.locks import Use, lock
-from nbdlink.storage.lost import LostWrites
+from nbdlink.storage.lost import LostWrites, Witness
 from nbdlink.storage.mapping import FileMapping, is_in_memory
 from nbdlink.storage.window import bounds
 
@@ -103,7 +103,6 @@ class RawStorage(Storage):
             self._signature = f"auto:{mark}"
         # Shared by all processes that are forked from here: what must be known to each.
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
-        self._lost = LostWrites(self.name, self._shared)
         self._unsupported: set[int] = set()
         self._dsync = os.RWF_DSYNC
         self._mapping = FileMapping(fd, start, size)
@@ -122,6 +121,8 @@ class RawStorage(Storage):
                 self.can_trim = self._try(PUNCH_HOLE, status.st_size, 1)
         # Block devices cannot tell where they have holes. The trial above made none.
         self.is_sparse = not device and status.st_blocks * 512 < status.st_size
+        witness = None if read_only else Witness.of(fd)  # last: it would stay open on a failure
+        self._lost = LostWrites(self.name, self._shared, witness=witness)
 
     @classmethod
     def open(
@@ -308,7 +309,7 @@ class RawStorage(Storage):
                 self._write(buffer, position, 0)
             self._lost.note(error)
             raise
-        self._lost.check()
+        self._lost.certify()
 
     # Zeroes and holes.
 
@@ -419,11 +420,12 @@ class RawStorage(Storage):
             raise
         # All connections share the open file, and processes too: a neighbour's flush may have
         # been told what belongs to both.
-        self._lost.check()
+        self._lost.certify()
 
     def close(self) -> None:
         """Close the file."""
         self._mapping.close()
+        self._lost.close()
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 import re
+import select
 import selectors
 import socket
 import threading
@@ -167,6 +168,11 @@ class MetricsListener:
                     # The others wait in the kernel's queue.
                     if self._places.acquire(timeout=_GLANCE) and not self._begin(listener):
                         self._places.release()
+                        # Out of descriptors, most likely. The client stays in the queue, so trying
+                        # again at once would keep a core busy.
+                        poll = select.poll()
+                        poll.register(self._woken, select.POLLIN)
+                        poll.poll(_GLANCE * 1000)
 
     def _begin(self, listener: socket.socket) -> bool:
         try:

@@ -61,6 +61,9 @@ They are nine full records, and small enough for the processor's cache.
 """
 _ROOM: Final = _CHUNK + 4096
 """Bytes that a chunk has once it is encrypted, at most: 22 more for each 16 KiB, and alerts."""
+_MOST_UNSENT: Final = 2 * _ROOM
+"""Bytes that OpenSSL may keep for a peer that takes nothing: more than a chunk, and room for
+thousands of answers to new keys."""
 _WAITALL: Final = int(socket.MSG_WAITALL)
 
 
@@ -258,6 +261,10 @@ class TLSStream:
         """Receive into `place` up to `count` bytes, or all that fit; give how many.
 
         With MSG_WAITALL there are fewer only at the end of the stream.
+
+        Raises:
+            TLSError: something is wrong with TLS, or the peer changes its keys again and again
+                and takes none of the answers.
         """
         # Each call of OpenSSL costs a microsecond of the interpreter, so none is made to learn
         # what can be known: a read that gives less than it may has come to a record's end.
@@ -290,8 +297,13 @@ class TLSStream:
                     continue
                 if is_end:
                     break
-                if self._has_output():
+                if self._output():
                     self._answer()
+                    if self._output() > _MOST_UNSENT:
+                        raise TLSError(
+                            f"the {self._judgement.role} asks for new keys again and again, and "
+                            "takes no answer"
+                        )
             if done and not flags & _WAITALL:
                 break
             if self._exact:
@@ -461,9 +473,10 @@ class TLSStream:
             self._backlog = backlog
         return True
 
-    def _has_output(self) -> bool:
+    def _output(self) -> int:
+        """Give how many bytes OpenSSL has made that nobody has begun to send."""
         with self._lock:
-            return bool(_memory(self._out, self._memory) > 0)
+            return int(_memory(self._out, self._memory))
 
     def _takes_more(self) -> bool:
         poll = select.poll()
@@ -554,6 +567,7 @@ class TLSStream:
 
     def detach_socket(self) -> socket.socket:
         """Give the bare socket away: somebody else has the keys. It is blocking."""
+        self._closing = True  # there is nobody left to say goodbye to
         sock = socket.socket(fileno=self._sock.detach())
         sock.settimeout(None)
         return sock

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -15,7 +18,7 @@ from nbdlink.server.offer import ExportPlan, Offer
 from nbdlink.transport.stream import listen_unix
 from nbdlink.uri import Target
 
-from .fakes import FLUSH, READ, MemoryStorage, RawClient
+from .fakes import FLUSH, OPT_GO, READ, REP_ACK, MemoryStorage, RawClient, export_request
 
 
 class Site:
@@ -126,6 +129,16 @@ def test_who_is_in_the_handshake_may_have_been_told_of_it(site, eventually):
     eventually(lambda: site.opened[1].closed)
 
 
+def test_who_has_chosen_another_one_does_not_keep_it_open(site, eventually):
+    with site.client("", handshake=False) as client:
+        client.receive(18)
+        site.renew(site.plan("a"))
+        client.send(b"\0\0\0\3")
+        assert client.option(OPT_GO, export_request(b"a"))[-1][0] == REP_ACK
+        eventually(lambda: site.opened[1].closed)
+        assert client.ask(READ, 0, 9)[0] == 0
+
+
 def test_who_came_later_keeps_nothing_open(site, eventually):
     with site.client("b") as client:
         site.renew(site.plan("a"))
@@ -225,6 +238,113 @@ def test_what_is_still_used_at_the_end_is_flushed_and_closed(tmp_path, nothing_l
         (("flush",), True),
         (("flush",), True),
     ]
+
+
+class EndingSite(Site):
+    """Its service ends while its configuration is read."""
+
+    def read(self):
+        self.service.stop()
+        assert self.service.join(20)
+        return super().read()
+
+
+def test_nothing_comes_once_the_service_has_ended(tmp_path, nothing_leaks):
+    site = EndingSite(tmp_path / "socket")
+    with site.service:
+        site.renew(*site.plans, site.plan("c"))
+    assert len(site.opened) == 2, "nobody would close it"
+
+
+def test_nothing_is_closed_twice_when_the_service_has_ended(tmp_path, nothing_leaks, caplog):
+    site = EndingSite(tmp_path / "socket")
+    with site.service:
+        site.renew(site.plan("a"))
+    assert "not made durable" not in caplog.text
+
+
+# Signals.
+
+PROGRAM = """
+import logging, sys
+from nbdlink.server import Service
+from nbdlink.server.offer import ExportPlan, Offer
+from nbdlink.storage.raw import RawStorage
+from nbdlink.transport.stream import listen_unix
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+folder, kind = sys.argv[1:]
+class DeadStorage(RawStorage):
+    def flush(self):
+        print("flushing", flush=True)
+        sys.stdin.read()
+def read():
+    if kind == "bug" and not bugs:
+        bugs.append(1)
+        raise ZeroDivisionError
+    return plans[:1]
+bugs = []
+plans = [
+    ExportPlan("a", "a", {}, lambda: RawStorage.open(folder + "/a")),
+    ExportPlan("b", "b", {}, lambda: DeadStorage.open(folder + "/b")),
+]
+offer = Offer(plans, read)
+service = Service(offer.catalogue, [listen_unix(folder + "/socket")], offer=offer)
+sys.exit(service.run(lambda: print("ready", flush=True)))
+"""
+
+
+class Program:
+    """A program whose export "b" goes at SIGHUP, and whose flush then does not come back."""
+
+    def __init__(self, folder, kind="-"):
+        for name in "ab":
+            (folder / name).write_bytes(bytes(4096))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(folder), kind],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout.readline() == "ready\n"
+
+    def hang_up(self):
+        self.process.send_signal(signal.SIGHUP)
+
+    def logs(self, words):
+        """Wait until the program has said `words` in a line of its log."""
+        return any(words in line for line in self.process.stderr)
+
+
+@pytest.fixture
+def program(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def start(*words):
+            program = Program(tmp_path, *words)
+            stack.enter_context(program.process)
+            stack.callback(program.process.kill)
+            return program
+
+        yield start
+
+
+def test_a_disk_that_does_not_answer_keeps_no_signal_from_being_heard(program):
+    program = program()
+    program.hang_up()
+    assert program.process.stdout.readline() == "flushing\n"
+    program.process.send_signal(signal.SIGTERM)
+    assert program.logs("told to stop by SIGTERM")
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(20) == 1
+
+
+def test_a_bug_ends_nothing_and_it_may_be_tried_again(program):
+    program = program("bug")
+    program.hang_up()
+    assert program.logs("unexpected ZeroDivisionError")
+    program.hang_up()
+    assert program.process.stdout.readline() == "flushing\n"
 
 
 def test_without_a_configuration_nothing_changes(tmp_path, nothing_leaks, caplog):

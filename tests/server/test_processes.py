@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from nbdlink.storage.raw import RawStorage
 
 from ..transport.pairs import authority, identity
 from .fakes import DISC, OPT_STARTTLS, READ, WRITE, MemoryStorage, RawClient, request
+from .gated import GatedServer, claimed
 from .tls_client import TLSClient
 
 
@@ -260,3 +262,73 @@ def test_a_lost_write_is_known_to_every_process(tmp_path):
     with pytest.raises(OSError, match="earlier writes were lost"):
         storage.flush()
     storage.close()
+
+
+@pytest.fixture
+def renewing(tmp_path):
+    """A server with one further process, which has a supervised client there, and others."""
+    with (
+        GatedServer(tmp_path, processes=1, tls=True, mode="allow", plain=True) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(RawClient(server))]  # in the first process
+        supervised = stack.enter_context(RawClient(server, handshake=False))
+        claimed(supervised, 1, notice=10809)
+        clients += [stack.enter_context(RawClient(server)) for _ in range(2)]  # one in each
+        yield server, supervised, clients
+
+
+def test_a_renewal_lets_nobody_go_who_is_not_supervised(renewing):
+    server, supervised, clients = renewing
+    server.process.send_signal(signal.SIGHUP)
+    assert supervised.hung_up()
+    assert [_answers(client) for client in clients] == [True] * 3
+
+
+def test_after_a_renewal_every_process_serves_newcomers(renewing):
+    server, supervised, _ = renewing
+    server.process.send_signal(signal.SIGHUP)
+    assert supervised.hung_up()
+    with contextlib.ExitStack() as stack:
+        newcomers = [stack.enter_context(server.client()) for _ in range(4)]
+        assert [_answers(client) for client in newcomers] == [True] * 4
+
+
+class GatedEnd(RawStorage):
+    """A file that one process closes when it is allowed to."""
+
+    gate = entered = who = None
+
+    def close(self):
+        if self._fd >= 0 and os.getpid() != self.who:
+            os.write(self.entered, b"x")
+            os.read(self.gate, 1)
+        super().close()
+
+
+def test_an_export_is_released_once_all_have_closed_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("nbdlink.server.processes._REPORT_SECONDS", 30)
+    (tmp_path / "image").write_bytes(bytes(4096))
+    storage = GatedEnd.open(tmp_path / "image")
+    gate, opened = os.pipe()
+    heard, entered = os.pipe()
+    storage.gate, storage.entered, storage.who = gate, entered, os.getpid()
+    export = Export("", storage)
+    processes = Processes(1, Catalogue([export]))
+    processes.start(lambda: None)
+    try:
+        # Somebody has asked for the metrics, and the answer is on its way.
+        processes._tell(processes._children[0], "report", 0)
+        release = threading.Thread(target=processes.release, args=(export,))
+        release.start()
+        assert os.read(heard, 1) == b"x"
+        release.join(0.1)
+        assert release.is_alive(), "it is still open there"
+        os.write(opened, b"x")
+        release.join(20)
+        assert not release.is_alive()
+    finally:
+        processes.close(kill=True)
+        storage.close()
+        for fd in (gate, opened, heard, entered):
+            os.close(fd)

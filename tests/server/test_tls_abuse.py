@@ -348,6 +348,14 @@ def test_who_takes_replies_late_gets_them_all(service, storage):
             assert late.reply(M) == (0, 7, bytes(storage.data))
 
 
+def test_who_changes_keys_and_takes_no_answers_is_hung_up_on(service, log, eventually):
+    with TLSClient(service, handshake=False) as client, TLSClient(service) as other:
+        with contextlib.suppress(ConnectionError):
+            client.bare.sendall(client.new_keys(50_000))
+        eventually(lambda: "asks for new keys again and again, and takes no answer" in log.text)
+        assert other.ask(READ, 0, 16)[0] == 0
+
+
 @pytest.mark.parametrize("length", [4 * K, M, 32 * M], ids=["4k", "1m", "32m"])
 @pytest.mark.parametrize(("kind", "most"), [("plain", 16 * M), ("general", 320 * M)])
 def test_who_takes_no_replies_cannot_fill_the_memory(tmp_path, kind, most, length):

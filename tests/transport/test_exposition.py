@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -221,3 +223,25 @@ def test_what_is_no_address_is_refused(address):
 @pytest.mark.parametrize("address", [":9100", "host:9100", "[::1]:9100", "./socket", "/run/x"])
 def test_what_is_an_address_is_taken(address):
     assert check_address(address) == address
+
+
+class FullListener(socket.socket):
+    """A listener in a process that has no more descriptors."""
+
+    def accept(self):
+        self.tried.append(time.monotonic())
+        raise OSError(errno.EMFILE, "too many open files")
+
+
+def test_a_client_that_cannot_be_accepted_keeps_no_core_busy(tmp_path, eventually):
+    listener = FullListener(socket.AF_UNIX)
+    listener.tried = []
+    listener.bind(str(tmp_path / "metrics"))
+    listener.listen()
+    with (
+        exposition.MetricsListener([listener], lambda: []),
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        client.connect(str(tmp_path / "metrics"))
+        eventually(lambda: len(listener.tried) > 2)
+    assert listener.tried[2] - listener.tried[0] > exposition._GLANCE

@@ -496,3 +496,14 @@ def test_parts_without_bytes_before_a_long_one_are_nothing(lasting):
     long = bytes(200 * K)
     with aside(lasting.client.sendmsg, [b"", b"", long, b""]):
         assert exactly(lasting.server, len(long)) == long
+
+
+def test_who_has_given_the_socket_away_says_no_goodbye(ends):
+    with ends.server.detach_socket() as bare:
+        # What a session does at its end, whatever became of its connection.
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            ends.server.shutdown(socket.SHUT_WR)
+        ends.server.close()
+        bare.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            bare.recv(1)
