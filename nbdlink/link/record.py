@@ -178,6 +178,9 @@ def _write(path: Path, text: str, mode: int) -> None:
         temporary.write_text(text)
         temporary.rename(path)
     except OSError as error:
+        # A supervisor tries again and again, each time in another thread.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise NBDError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -57,6 +57,13 @@ def test_nothing_but_the_record_is_left_behind(directory):
     assert [path.name for path in directory.iterdir()] == ["nbd3.json"]
 
 
+def test_nothing_is_left_of_a_record_that_could_not_be_written(directory):
+    (directory / "nbd3.json").mkdir(parents=True)
+    with pytest.raises(NBDError, match="cannot be written"):
+        record.write(SAMPLE)
+    assert [path.name for path in directory.iterdir()] == ["nbd3.json"]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"index": 3}', '{"unknown": 1}', "\xff"])
 def test_a_damaged_record_counts_as_none(directory, content):
     directory.mkdir()
