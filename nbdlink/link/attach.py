@@ -276,6 +276,7 @@ def _negotiate_all(
     wires: list[Wire] = []
     taken: list[Target] = []
     first: NegotiatedExport | None = None
+    strictest: NegotiatedExport | None = None
     open_routes = list(spec.routes)
     while len(wires) < spec.connections:
         number = len(wires)
@@ -296,6 +297,8 @@ def _negotiate_all(
         stack.callback(wire.close)
         wires.append(wire)
         taken.append(route)
+        if strictest is None or export.minimum_block > strictest.minimum_block:
+            strictest = export
         if first is None:
             first = export
             if spec.connections > 1 and not export.flags & TransmissionFlag.CAN_MULTI_CONN:
@@ -316,7 +319,9 @@ def _negotiate_all(
                 f"{first.testimony.signature!r}"
             )
     assert first is not None
-    return wires, taken, first
+    assert strictest is not None
+    # The kernel asks all of them in the same blocks.
+    return wires, taken, replace(first, block_size=strictest.block_size)
 
 
 def _are_foreign(

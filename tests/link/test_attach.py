@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from nbdlink.client.security import TLSOptions
 from nbdlink.errors import ConfigError
-from nbdlink.link.attach import secure
+from nbdlink.link.attach import _negotiate_all, secure
 from nbdlink.link.spec import LinkSpec, describe, differences
+from nbdlink.protocol.claim import Claim
+from nbdlink.server import serve_in_thread
 from nbdlink.transport.tlsfiles import CredentialFiles
 from nbdlink.uri import Target
+from tests.server.fakes import MemoryStorage
 
 FILES = CredentialFiles(directory="/pki")
 SECURE = Target("h", export="x", tls=True)
@@ -42,3 +47,19 @@ def test_what_was_recorded_is_the_same_when_it_is_read_again():
 def test_no_way_goes_without_tls_if_the_first_does_not():
     with pytest.raises(ConfigError, match="nbd://i/x goes without TLS, which nbds://h/x demands"):
         secure(LinkSpec(SECURE, paths=(Target("i", export="x"),)))
+
+
+def test_the_blocks_suit_every_route():
+    with contextlib.ExitStack() as stack:
+        targets = [
+            Target.parse(
+                stack.enter_context(
+                    serve_in_thread({"": MemoryStorage(minimum_block=minimum)})
+                ).uri()
+            )
+            for minimum in (512, 4096, 1)
+        ]
+        spec = LinkSpec(targets[0], paths=tuple(targets[1:]), connections=3)
+        spec, securities = secure(spec)
+        _, _, export = _negotiate_all(spec, securities, Claim("0" * 32, 0, 0), stack)
+        assert export.minimum_block == 4096
