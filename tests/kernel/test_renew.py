@@ -493,6 +493,29 @@ def test_a_detach_that_was_refused_leaves_no_mark(server, attach):
     assert not record.is_detached("data")
 
 
+def test_a_detach_that_was_interrupted_leaves_no_mark(serve, attach, monkeypatch):
+    attach(serve().uri, "--name", "data")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel, "detach", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        detach("data")
+    assert not record.is_detached("data")
+
+
+def test_who_detaches_anothers_device_does_not_detach_the_link_before_it(serve, attach):
+    server = serve()
+    index = attach(server.uri, "--name", "data")
+    before = record.read(index)
+    kernel.detach(index)
+    attach(server.uri, f"/dev/nbd{index}", "--name", "other")
+    record.write(before)  # as if another program had attached it
+    detach(f"/dev/nbd{index}")
+    assert not record.is_detached("data")
+
+
 def test_a_detach_forgets_only_what_it_has_detached(server, attach, monkeypatch):
     index = attach(server.uri, "--name", "old")
     told = record.read(index)

@@ -423,7 +423,7 @@ class Supervisor:
         try:
             if act == "attach":
                 assert spec is not None
-                result = attach_spec(spec, notice=self._notice_port)
+                result = attach_spec(spec, notice=self._notice_port, unasked=True)
             else:
                 assert index is not None
                 if act == "measure":
