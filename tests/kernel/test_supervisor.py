@@ -180,6 +180,18 @@ def test_without_its_record_a_device_is_known_by_its_identifier(attached, server
     second.until("channels 0, 1 renewed; 2 of 2 live")
 
 
+def test_so_it_is_though_the_kernel_knows_no_part_of_a_sector(attached, server, supervise, image):
+    with image.open("ab") as file:
+        file.write(b"tail")
+    first = attached()
+    first.end()
+    record.remove(index_of("data"))
+    second = supervise()
+    second.until("data: adopted")
+    server.restart()
+    second.until("channels 0 renewed")
+
+
 def test_what_was_detached_on_purpose_stays_so(attached):
     supervisor = attached()
     assert main(["detach", "data"]) == 0
