@@ -188,9 +188,12 @@ class _Attempt:
                 try:
                     wire, route = self._connect(number, elsewhere=not alive)
                 except NBDError:
-                    if alive or not wires:
+                    # Some are better than none, and the others are still dead afterwards. But a
+                    # server that fences may be busy with what was on its way on this one, which
+                    # the kernel will send again on the first one that there is.
+                    if alive or not wires or self.known.fences:
                         raise
-                    break  # some are better than none; the others are still dead afterwards
+                    break
                 stack.callback(wire.close)
                 wires.append(wire)
                 taken.append(route)

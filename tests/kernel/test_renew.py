@@ -14,12 +14,20 @@ import pytest
 
 from nbdlink import kernel
 from nbdlink.cli.main import main
-from nbdlink.errors import DeviceInUseError, ForeignExportError, KernelError, TransportError
+from nbdlink.client.opening import negotiate
+from nbdlink.errors import (
+    DeviceInUseError,
+    ForeignExportError,
+    KernelError,
+    OptionError,
+    TransportError,
+)
 from nbdlink.kernel import device, sockets, sysfs
 from nbdlink.link import record
 from nbdlink.link.attach import detach
 from nbdlink.link.health import Health, health
 from nbdlink.link.renew import _Attempt, renew
+from nbdlink.protocol.claim import Claim
 from nbdlink.uri import Target
 from tests.certificates import Authority
 from tests.interop.peers import MISSING
@@ -177,6 +185,20 @@ def test_no_generation_is_used_twice(server, attach):
     renew(index)
     (channel,) = record.read(index).channels
     assert (channel.generation, channel.renewals) == (3, 1)
+
+
+def test_no_channel_is_renewed_while_the_server_still_has_another_ones_past(serve, attach):
+    """What was on its way on that one would be sent again on the first, and be overtaken."""
+    server = serve()
+    index = attach(server.uri, "-C", "2")
+    claim = Claim(record.read_session(index), 1, 2)
+    wire, _ = negotiate(server.target, claim=claim)  # it refuses the next one, of generation 1
+    with wire:
+        sockets.destroy(record.read(index).channels[0].cookie)
+        until(lambda: all_dead(index))
+        with pytest.raises(OptionError, match="comes too late"):
+            renew(index)
+        assert sysfs.settled_links({index}) == {index: 0}
 
 
 def test_another_size_is_another_export(serve, attach, tmp_path):
