@@ -266,6 +266,17 @@ def test_a_server_moves(serve, attach, image):
     assert record.read(index).target == there.uri
 
 
+@pytest.mark.parametrize("lost", [{"cookie": None}, {"network": 1}])
+def test_what_cannot_be_ended_does_not_move(serve, attach, lost):
+    """The kernel takes no new connection for one that lives, and says nothing."""
+    index = attach(serve("nbdkit").uri)
+    known = record.read(index)
+    record.write(replace(known, channels=(replace(known.channels[0], **lost),)))
+    with pytest.raises(KernelError, match="cannot be ended, as its socket is not known"):
+        renew(index, everything=True, target=serve("nbdkit").target)
+    assert record.read(index).target == known.target
+
+
 def test_a_move_to_nowhere_changes_nothing(serve, attach, image, capsys):
     here = serve("nbdkit")
     index = attach(here.uri)
