@@ -286,6 +286,7 @@ def _negotiate_all(
     taken: list[Target] = []
     first: NegotiatedExport | None = None
     strictest: NegotiatedExport | None = None
+    told: list[tuple[Target, NegotiatedExport]] = []
     open_routes = list(spec.routes)
     while len(wires) < spec.connections:
         number = len(wires)
@@ -321,12 +322,14 @@ def _negotiate_all(
                 f"{route.address}: connection {number + 1} was told {export.size} bytes and "
                 f"flags {int(export.flags):#x}, the first {first.size} and {int(first.flags):#x}"
             )
-        elif _are_foreign(taken[0], first, route, export):
-            raise ForeignExportError(
-                f"{route.address}: the export {route.export!r} is not the same one as that of "
-                f"{taken[0].address}: its signature is {export.testimony.signature!r}, not "
-                f"{first.testimony.signature!r}"
-            )
+        for before, known in told:
+            if _are_foreign(before, known, route, export):
+                raise ForeignExportError(
+                    f"{route.address}: the export {route.export!r} is not the same one as that of "
+                    f"{before.address}: its signature is {export.testimony.signature!r}, not "
+                    f"{known.testimony.signature!r}"
+                )
+        told.append((route, export))
     assert first is not None
     assert strictest is not None
     # The kernel asks all of them in the same blocks.
