@@ -189,8 +189,9 @@ class _Attempt:
                 except NBDError:
                     # Some are better than none, and the others are still dead afterwards. But a
                     # server that fences may be busy with what was on its way on this one, which
-                    # the kernel will send again on the first one that there is.
-                    if alive or not wires or self.known.fences:
+                    # the kernel will send again on the first one that there is, if there is none.
+                    waits = self.known.fences and not health(self.known).live
+                    if alive or not wires or waits:
                         raise
                     break
                 stack.callback(wire.close)
