@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import stat
 from dataclasses import replace
 
@@ -42,6 +43,17 @@ def test_records_come_by_index():
     for index in (10, 2):
         record.write(replace(SAMPLE, index=index))
     assert [r.index for r in record.read_all()] == [2, 10]
+
+
+def test_a_record_that_cannot_be_read_now_is_not_taken_for_none():
+    record.write(SAMPLE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(NBDError, match="too many open files"):
+            record.read(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_forgotten_record_is_gone():
