@@ -149,6 +149,17 @@ class DeviceInUseError(KernelError):
     """The device is mounted, swapped on or held by another device."""
 
 
+_SHORTAGES = frozenset({_errno.EMFILE, _errno.ENFILE, _errno.ENOMEM})
+
+
+def is_shortage(error: OSError) -> bool:
+    """Tell whether this process or system is short of something.
+
+    Such an error tells nothing of what was asked for: above all not that it is not there.
+    """
+    return error.errno in _SHORTAGES
+
+
 _TRANSIENT_ERRNOS = frozenset({_errno.EINTR, _errno.EAGAIN, _errno.ENOMEM, _errno.ESHUTDOWN})
 
 

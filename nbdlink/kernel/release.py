@@ -55,7 +55,8 @@ def detach(index: int, *, force: bool = False, wait: float = 10.0) -> None:
     else:
         _refuse_if_used(index)
         # A dead device has nobody to flush to, and would only fail.
-        with _flush(index, wait) if sysfs.has_live_link(index) else contextlib.nullcontext():
+        flush = sysfs.has_live_link(index)
+        with _guard(index, wait, flush=flush):
             _disconnect(index, wait)
     _await_gone(index, wait)
 
@@ -77,17 +78,26 @@ def _remedy(found: list[usage.Use]) -> str:
     return f"take {found[-1].where} down first"
 
 
-def _flush(index: int, wait: float) -> Guard:
+def _guard(index: int, wait: float, *, flush: bool) -> contextlib.AbstractContextManager[object]:
+    """Keep others off a device, which is flushed before that if `flush` says so."""
     path = f"/dev/nbd{index}"
+    # The whole device last, whose flush is then the server's last one.
+    flushed = [*(part.path for part in sysfs.partitions(index)), path] if flush else []
     try:
-        return Guard(path, wait, lambda: sysfs.writes_done(index))
+        return Guard(path, wait, lambda: sysfs.writes_done(index), flushed)
     except TimeoutError:
+        if not flush:
+            # Its open waits for a server, behind somebody who reads the partition table. Who has
+            # claimed the device would have been told at once.
+            return contextlib.nullcontext()
         raise KernelError(
             f"{path}: what is unwritten could not be flushed: the server does not answer",
             errno=errno.ETIMEDOUT,
             hint="--force detaches all the same; unwritten data is lost then",
         ) from None
     except OSError as error:
+        if not flush and error.errno != errno.EBUSY:
+            return contextlib.nullcontext()  # no node perhaps; the disconnect needs none
         raise _flush_error(index, error.errno or 0) from None
 
 

@@ -1,7 +1,8 @@
 """What the kernel shows of nbd devices in /sys/block and /proc, and which device a name means.
 
 Reading only, no rights needed, nothing here can block: sysfs answers from the kernel's memory
-even when a device's server is gone.
+even when a device's server is gone. What is not there is told as nothing; that this process has
+no descriptor left to look with is a KernelError, so that no device is taken for free because of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nbdlink.errors import KernelError
+from nbdlink.errors import KernelError, is_shortage
 from nbdlink.kernel import module
 
 SECTOR = 512
@@ -250,7 +251,8 @@ def names_in(directory: Path) -> list[str]:
     try:
         with os.scandir(directory) as entries:
             return [entry.name for entry in entries]
-    except OSError:
+    except OSError as error:
+        _refuse_shortage(error, directory)
         return []
 
 
@@ -274,15 +276,17 @@ def _attribute(index: int, name: str) -> str | None:
 def _read(path: Path) -> str | None:
     try:
         return path.read_text(errors="replace").strip()
-    except OSError:  # absent, or ENODEV: it went away while it was read
-        return None
+    except OSError as error:
+        _refuse_shortage(error, path)
+        return None  # absent, or ENODEV: it went away while it was read
 
 
 def _read_fast(path: str) -> bytes:
     """Read a short file with three system calls; there is one for each process to be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        _refuse_shortage(error, path)
         return b""
     try:
         return os.read(fd, 512)
@@ -290,6 +294,14 @@ def _read_fast(path: str) -> bytes:
         return b""
     finally:
         os.close(fd)
+
+
+def _refuse_shortage(error: OSError, path: Path | str) -> None:
+    if is_shortage(error):
+        raise KernelError(
+            f"{path} cannot be read: {os.strerror(error.errno or 0).lower()}",
+            errno=error.errno or 0,
+        ) from None
 
 
 def _is_kernel_thread(pid_name: str) -> bool:

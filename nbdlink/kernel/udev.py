@@ -7,6 +7,7 @@ devices must have been announced since. pyudev is imported only where it is used
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -19,7 +20,13 @@ from typing import Any
 
 _CONTROL = "/run/udev/control"
 _UNIX_SOCKETS = Path("/proc/net/unix")
+_QUEUE = Path("/run/udev/queue")
+"""There while udevd has anything to do."""
 _SEQUENCE = Path("/sys/kernel/uevent_seqnum")
+_ROOM = 16 << 20
+"""Bytes for what is not heard at once: others are announced as well, hundreds when a machine
+starts, while the kernel binds a device and a slow server lets its partitions be read."""
+_GLANCE = 0.1
 _DEVICE = re.compile(r"nbd(0|[1-9][0-9]*)(p[1-9][0-9]*)?\Z")
 
 
@@ -75,9 +82,17 @@ class Watch:
         if self._monitor is None:
             return set()
         missing = set(names)
+        lost = False
         while missing and (left := deadline - time.monotonic()) > 0:
-            device = self._monitor.poll(left)
+            try:
+                device = self._monitor.poll(min(left, _GLANCE) if lost else left)
+            except OSError:
+                _clear_error(self._monitor.fileno())
+                lost = True  # and theirs may be among it
+                continue
             if device is None:
+                if lost and not _QUEUE.exists():
+                    return set()
                 continue
             if device.sequence_number > self._since and device.action != "remove":
                 missing.discard(device.sys_name)
@@ -153,9 +168,7 @@ class Uevents:
         try:
             return self._monitor.poll(0)
         except OSError:
-            # pyudev (0.24) says so instead of receiving, without the reason, and would for ever.
-            with socket.socket(fileno=os.dup(self.fileno())) as same:
-                number = same.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            number = _clear_error(self.fileno())
             raise OSError(number or errno.ENOBUFS, "uevents were lost") from None
 
     def close(self) -> None:
@@ -164,12 +177,23 @@ class Uevents:
         self._monitor = None
 
 
+def _clear_error(descriptor: int) -> int:
+    """Take a monitor's error away, and give it.
+
+    pyudev (0.24) says so instead of receiving, without the reason, and would for ever.
+    """
+    with socket.socket(fileno=os.dup(descriptor)) as same:
+        return same.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
 def _monitor() -> Any:
     try:
         from pyudev import Context, Monitor
 
         monitor = Monitor.from_netlink(Context(), source="udev")
         monitor.filter_by("block")
+        with contextlib.suppress(OSError):  # it takes CAP_NET_ADMIN
+            monitor.set_receive_buffer_size(_ROOM)
         monitor.start()
     except (ImportError, OSError):
         # No libudev: its udevd works, and nobody can tell us when.

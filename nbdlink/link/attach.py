@@ -79,12 +79,19 @@ def attach(
     return attach_spec(replace(spec, wait=wait, tls=tls, tls_road=tls_road, paths=further))
 
 
-def attach_spec(spec: LinkSpec, *, notice: int | None = None) -> kernel.Device:
+def attach_spec(
+    spec: LinkSpec, *, notice: int | None = None, unasked: bool = False
+) -> kernel.Device:
     """Bind an export as `spec` says; see `attach`.
 
     Args:
         spec: what to bind, and how.
         notice: UDP port on which this process hears that a server is back, to be told to it.
+        unasked: whether nobody has asked for it just now, so that a link that was detached on
+            purpose stays so.
+
+    Raises:
+        KernelError: it was detached on purpose meanwhile.
     """
     check(spec)
     spec, securities = secure(spec)
@@ -93,6 +100,8 @@ def attach_spec(spec: LinkSpec, *, notice: int | None = None) -> kernel.Device:
         if spec.name:
             # Two at once must not both find the name unused.
             stack.enter_context(record.locked(spec.name))
+            if unasked and record.is_detached(spec.name):
+                raise KernelError(f"the link {spec.name!r} has been detached meanwhile")
             if existing := _same_link(spec, index):
                 record.unmark_detached(spec.name)
                 return existing
@@ -276,6 +285,8 @@ def _negotiate_all(
     wires: list[Wire] = []
     taken: list[Target] = []
     first: NegotiatedExport | None = None
+    strictest: NegotiatedExport | None = None
+    told: list[tuple[Target, NegotiatedExport]] = []
     open_routes = list(spec.routes)
     while len(wires) < spec.connections:
         number = len(wires)
@@ -296,6 +307,8 @@ def _negotiate_all(
         stack.callback(wire.close)
         wires.append(wire)
         taken.append(route)
+        if strictest is None or export.minimum_block > strictest.minimum_block:
+            strictest = export
         if first is None:
             first = export
             if spec.connections > 1 and not export.flags & TransmissionFlag.CAN_MULTI_CONN:
@@ -309,14 +322,18 @@ def _negotiate_all(
                 f"{route.address}: connection {number + 1} was told {export.size} bytes and "
                 f"flags {int(export.flags):#x}, the first {first.size} and {int(first.flags):#x}"
             )
-        elif _are_foreign(taken[0], first, route, export):
-            raise ForeignExportError(
-                f"{route.address}: the export {route.export!r} is not the same one as that of "
-                f"{taken[0].address}: its signature is {export.testimony.signature!r}, not "
-                f"{first.testimony.signature!r}"
-            )
+        for before, known in told:
+            if _are_foreign(before, known, route, export):
+                raise ForeignExportError(
+                    f"{route.address}: the export {route.export!r} is not the same one as that of "
+                    f"{before.address}: its signature is {export.testimony.signature!r}, not "
+                    f"{known.testimony.signature!r}"
+                )
+        told.append((route, export))
     assert first is not None
-    return wires, taken, first
+    assert strictest is not None
+    # The kernel asks all of them in the same blocks.
+    return wires, taken, replace(first, block_size=strictest.block_size)
 
 
 def _are_foreign(
@@ -399,21 +416,29 @@ def detach(device: str, *, force: bool = False, wait: float = 10.0) -> str:
         if not _is_configured(device):
             raise
         record.mark_detached(device)
-        return device
-    known = record.read(index)
+        try:
+            # Who is attaching it just now ends the mark, and has done so after that.
+            with record.locked(device):
+                index = find(device)
+        except NBDError:
+            return device
+    recorded = record.read(index)
+    known = recorded
+    if known is not None and not known.describes(sysfs.backend(index), sysfs.pid(index)):
+        known = None  # of an earlier use: its link may be wanted
     mark = (known.name or f"nbd{index}") if known else None
     if mark:
         record.mark_detached(mark)  # first, or a supervisor brings it back meanwhile
     try:
         kernel.detach(index, force=force, wait=wait)
-    except KernelError as error:
+    except BaseException as error:  # a person's Ctrl-C in a long flush is one, too
         occupied = DeviceBusyError | DeviceInUseError if force else DeviceBusyError
         if mark and not isinstance(error, occupied):  # these have been disconnected
             refused = isinstance(error, RightsError | DeviceInUseError)
             if refused or sysfs.has_live_link(index):
                 record.unmark_detached(mark)
         raise
-    if record.read(index) == known:  # or it has been attached again just now
+    if record.read(index) == recorded:  # or it has been attached again just now
         record.remove(index)
     return f"/dev/nbd{index}"
 

@@ -13,6 +13,7 @@ from nbdlink.errors import ForeignExportError, KernelError
 from nbdlink.kernel import sysfs
 from nbdlink.link import record
 from nbdlink.link.record import Record
+from nbdlink.link.spec import SECTOR
 from nbdlink.protocol.constants import TransmissionFlag
 from nbdlink.uri import Target
 
@@ -36,7 +37,8 @@ def verify(known: Record, route: Target, export: NegotiatedExport) -> None:
     where = f"{route.address}: the export {route.export!r} is not the one that {same} has"
     proved = is_proved(known, route, export.testimony.signature)
     size = export.size if known.size is None else known.size
-    if export.size < size or (export.size > size and not proved):
+    # Whole sectors: the size of a device that was adopted is the kernel's, which knows no others.
+    if export.size < size or (export.size // SECTOR > size // SECTOR and not proved):
         raise ForeignExportError(
             f"{where}: it has {export.size} bytes, not {known.size}",
             hint=f"if it is the same and has grown: nbdlink resize {same}",

@@ -24,7 +24,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, Final, Literal, get_origin, get_type_hints
 
-from nbdlink.errors import ConfigError, DeviceBusyError, NBDError
+from nbdlink.errors import ConfigError, DeviceBusyError, NBDError, is_shortage
 
 DIRECTORY = Path(os.environ.get("NBDLINK_RUNTIME_DIRECTORY", "/run/nbdlink"))
 
@@ -178,6 +178,9 @@ def _write(path: Path, text: str, mode: int) -> None:
         temporary.write_text(text)
         temporary.rename(path)
     except OSError as error:
+        # A supervisor tries again and again, each time in another thread.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise NBDError(f"{path}: cannot be written: {error.strerror}") from None
 
 
@@ -250,6 +253,9 @@ def read(index: int) -> Record | None:
     """Give what was recorded of a device, or None if nothing (readable) was.
 
     What a later version has recorded besides is left out.
+
+    Raises:
+        NBDError: it cannot be read now, for want of a descriptor.
     """
     import json
 
@@ -260,7 +266,13 @@ def read(index: int) -> Record | None:
             Channel(**_known(Channel, each)) for each in data.get("channels", ())
         )
         found = Record(**known)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        if is_shortage(error):
+            raise NBDError(
+                f"{_path(index)} cannot be read: {os.strerror(error.errno or 0).lower()}"
+            ) from None
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     return found if found.index == index and _is_sound(found) else None
 

@@ -176,7 +176,6 @@ class _Attempt:
     def _replace(self, numbers: Sequence[int], *, alive: bool) -> list[int]:
         """Give channels new connections; give the numbers of those for which it was possible."""
         with contextlib.ExitStack() as stack:
-            old = [self.known.channels[number] for number in numbers]
             if alive:
                 # From the first word on: a server that fences ends the old one by itself.
                 stack.enter_context(self._patience())
@@ -188,9 +187,13 @@ class _Attempt:
                 try:
                     wire, route = self._connect(number, elsewhere=not alive)
                 except NBDError:
-                    if alive or not wires:
+                    # Some are better than none, and the others are still dead afterwards. But a
+                    # server that fences may be busy with what was on its way on this one, which
+                    # the kernel will send again on the first one that there is, if there is none.
+                    waits = self.known.fences and not health(self.known).live
+                    if alive or not wires or waits:
                         raise
-                    break  # some are better than none; the others are still dead afterwards
+                    break
                 stack.callback(wire.close)
                 wires.append(wire)
                 taken.append(route)
@@ -216,7 +219,7 @@ class _Attempt:
                 for each, route, number in zip(ready.known, taken, numbers, strict=False)
             }
             if alive:
-                end(self.known, old)
+                end(self.known, numbers)
             # Noted before it is done: if we are killed in between, a socket that the kernel did
             # not get is gone, and is seen to be; one that it got would never be found.
             if self.target is not None:

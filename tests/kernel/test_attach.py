@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 
 from nbdlink import kernel
 from nbdlink.errors import DeviceBusyError, KernelError
-from nbdlink.kernel import netlink, probe, sysfs
+from nbdlink.kernel import netlink, probe, sysfs, udev
 
-from .conftest import SIZE, run_python, until
+from .conftest import PATIENCE, SIZE, run_python, until
 from .peer import MULTI_CONN, READ_ONLY, Peer
 
 pytestmark = pytest.mark.kernel
@@ -287,3 +288,14 @@ def test_the_kernels_own_list(attach):
     device = attach(road="netlink")
     assert netlink.status()[device.index]
     assert netlink.status(device.index) == {device.index: True}
+
+
+@pytest.mark.usefixtures("with_udevd", "attach")
+def test_words_of_udevd_that_were_lost_are_no_failure():
+    with udev.Watch() as watch:
+        watch._monitor.set_receive_buffer_size(1)  # the kernel makes it 2304
+        for _ in range(4):
+            Path("/sys/block/nbd1/uevent").write_text("change")
+            subprocess.run(["udevadm", "settle"], check=True)
+        # Of the other one nothing was heard, and udevd has nothing to do any more.
+        assert watch.wait(["nbd1", "nbd2"], time.monotonic() + PATIENCE) == set()

@@ -10,7 +10,7 @@ import pytest
 
 from nbdlink import kernel
 from nbdlink.errors import DeviceBusyError, DeviceInUseError, KernelError
-from nbdlink.kernel import sysfs
+from nbdlink.kernel import netlink, sysfs
 from nbdlink.kernel.flush import Guard
 from nbdlink.kernel.probe import read_a_block
 
@@ -59,6 +59,19 @@ def test_what_an_opener_has_not_synced_is_written(attach, peer):
         os.close(fd)
 
 
+def test_what_an_opener_of_a_partition_has_not_synced_is_written(attach, peer):
+    peer.data[:] = with_partitions(SIZE, (2048, 8192))
+    attach(index=0)
+    fd = os.open("/dev/nbd0p1", os.O_WRONLY)
+    try:
+        os.pwrite(fd, b"late" * 1024, 0)
+        with pytest.raises(DeviceBusyError):
+            kernel.detach(0, wait=0.5)
+        assert peer.data[2048 * 512 :][:4] == b"late"
+    finally:
+        os.close(fd)
+
+
 def test_what_nbd_client_or_another_attached_is_detached_too(attach):
     # Nothing of ours but the kernel knows this device.
     device = attach(road="ioctl")
@@ -90,17 +103,33 @@ def test_a_refused_device_goes_on_working(mounted):
     assert kernel.status(0).mounts == (str(mounted),)
 
 
-def test_a_mount_of_another_namespace_is_refused(attach, peer, tmp_path):
+@pytest.fixture
+def mounted_elsewhere(attach, peer, tmp_path):
+    """Attach a file system as /dev/nbd0, and have it mounted in another mount namespace."""
     peer.data[:] = with_filesystem(SIZE, tmp_path)
-    device = attach(index=0)
+    device = attach(index=0, dead_timeout=600)
     command = f"mount {device.path} {tmp_path} && echo mounted && read x"
     with subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as elsewhere:
         assert elsewhere.stdout.readline() == b"mounted\n"
-        with pytest.raises(DeviceInUseError, match="in exclusive use"):
-            kernel.detach(0)
+        yield
+        netlink.disconnect(0)
         elsewhere.communicate(b"\n")
+
+
+@pytest.mark.usefixtures("mounted_elsewhere")
+def test_a_mount_of_another_namespace_is_refused():
+    with pytest.raises(DeviceInUseError, match="in exclusive use"):
+        kernel.detach(0)
+
+
+@pytest.mark.usefixtures("mounted_elsewhere")
+def test_so_it_is_while_the_server_is_away(peer):
+    peer.kill()
+    until(lambda: kernel.status(0).state is DEAD)
+    with pytest.raises(DeviceInUseError, match="in exclusive use"):
+        kernel.detach(0)
 
 
 def test_a_mounted_partition_is_refused(attach, peer, tmp_path):
@@ -224,7 +253,7 @@ def test_a_silent_server_does_not_keep_the_caller_from_ending(attach, peer):
 
 def test_nothing_can_be_mounted_while_it_goes_on(attach, peer):
     attach(index=0)
-    with Guard("/dev/nbd0", 60, lambda: 0), pytest.raises(OSError, match="busy"):
+    with Guard("/dev/nbd0", 60, lambda: 0, []), pytest.raises(OSError, match="busy"):
         os.open("/dev/nbd0", os.O_RDONLY | os.O_EXCL)
 
 

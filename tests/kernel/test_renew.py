@@ -14,12 +14,20 @@ import pytest
 
 from nbdlink import kernel
 from nbdlink.cli.main import main
-from nbdlink.errors import DeviceInUseError, ForeignExportError, KernelError, TransportError
+from nbdlink.client.opening import negotiate
+from nbdlink.errors import (
+    DeviceInUseError,
+    ForeignExportError,
+    KernelError,
+    OptionError,
+    TransportError,
+)
 from nbdlink.kernel import device, sockets, sysfs
 from nbdlink.link import record
 from nbdlink.link.attach import detach
 from nbdlink.link.health import Health, health
 from nbdlink.link.renew import _Attempt, renew
+from nbdlink.protocol.claim import Claim
 from nbdlink.uri import Target
 from tests.certificates import Authority
 from tests.interop.peers import MISSING
@@ -179,6 +187,20 @@ def test_no_generation_is_used_twice(server, attach):
     assert (channel.generation, channel.renewals) == (3, 1)
 
 
+def test_no_channel_is_renewed_while_the_server_still_has_another_ones_past(serve, attach):
+    """What was on its way on that one would be sent again on the first, and be overtaken."""
+    server = serve()
+    index = attach(server.uri, "-C", "2")
+    claim = Claim(record.read_session(index), 1, 2)
+    wire, _ = negotiate(server.target, claim=claim)  # it refuses the next one, of generation 1
+    with wire:
+        sockets.destroy(record.read(index).channels[0].cookie)
+        until(lambda: all_dead(index))
+        with pytest.raises(OptionError, match="comes too late"):
+            renew(index)
+        assert sysfs.settled_links({index}) == {index: 0}
+
+
 def test_another_size_is_another_export(serve, attach, tmp_path):
     server = serve("nbdkit")
     index = attach(server.uri)
@@ -242,6 +264,17 @@ def test_a_server_moves(serve, attach, image):
     here.kill()
     assert content(index) == image.read_bytes()
     assert record.read(index).target == there.uri
+
+
+@pytest.mark.parametrize("lost", [{"cookie": None}, {"network": 1}])
+def test_what_cannot_be_ended_does_not_move(serve, attach, lost):
+    """The kernel takes no new connection for one that lives, and says nothing."""
+    index = attach(serve("nbdkit").uri)
+    known = record.read(index)
+    record.write(replace(known, channels=(replace(known.channels[0], **lost),)))
+    with pytest.raises(KernelError, match="cannot be ended, as its socket is not known"):
+        renew(index, everything=True, target=serve("nbdkit").target)
+    assert record.read(index).target == known.target
 
 
 def test_a_move_to_nowhere_changes_nothing(serve, attach, image, capsys):
@@ -490,6 +523,29 @@ def test_a_detach_that_was_refused_leaves_no_mark(server, attach):
             detach("data")
     finally:
         os.close(holder)
+    assert not record.is_detached("data")
+
+
+def test_a_detach_that_was_interrupted_leaves_no_mark(serve, attach, monkeypatch):
+    attach(serve().uri, "--name", "data")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kernel, "detach", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        detach("data")
+    assert not record.is_detached("data")
+
+
+def test_who_detaches_anothers_device_does_not_detach_the_link_before_it(serve, attach):
+    server = serve()
+    index = attach(server.uri, "--name", "data")
+    before = record.read(index)
+    kernel.detach(index)
+    attach(server.uri, f"/dev/nbd{index}", "--name", "other")
+    record.write(before)  # as if another program had attached it
+    detach(f"/dev/nbd{index}")
     assert not record.is_detached("data")
 
 

@@ -16,8 +16,10 @@ import pytest
 
 from nbdlink import kernel
 from nbdlink.cli.main import main
+from nbdlink.errors import DeviceBusyError
 from nbdlink.kernel import sysfs
 from nbdlink.link import record
+from nbdlink.link.config import files
 from tests.certificates import Authority
 from tests.interop.peers import MISSING
 
@@ -178,6 +180,18 @@ def test_without_its_record_a_device_is_known_by_its_identifier(attached, server
     second.until("channels 0, 1 renewed; 2 of 2 live")
 
 
+def test_so_it_is_though_the_kernel_knows_no_part_of_a_sector(attached, server, supervise, image):
+    with image.open("ab") as file:
+        file.write(b"tail")
+    first = attached()
+    first.end()
+    record.remove(index_of("data"))
+    second = supervise()
+    second.until("data: adopted")
+    server.restart()
+    second.until("channels 0 renewed")
+
+
 def test_what_was_detached_on_purpose_stays_so(attached):
     supervisor = attached()
     assert main(["detach", "data"]) == 0
@@ -186,6 +200,31 @@ def test_what_was_detached_on_purpose_stays_so(attached):
     supervisor.until("read again")
     assert supervisor.end() == 0
     assert index_of("data") is None
+
+
+def is_being_attached():
+    with contextlib.suppress(DeviceBusyError), record.locked("data", wait=False):
+        return False
+    return True
+
+
+def test_what_is_detached_while_it_is_being_attached_stays_so(
+    supervise, server, tmp_path, monkeypatch
+):
+    load, here = files.load, (tmp_path / "nbdlink.toml", tmp_path / "none", tmp_path / "none")
+    monkeypatch.setattr(files, "load", lambda *paths: load(*(paths or here)))
+    server.start()
+    server.freeze()
+    supervise(link(server))
+    until(is_being_attached)
+    detaching = threading.Thread(target=main, args=(["detach", "data"],))
+    detaching.start()
+    until(lambda: record.is_detached("data"))
+    server.thaw()
+    detaching.join(PATIENCE)
+    with record.locked("data"):
+        assert index_of("data") is None
+    assert record.is_detached("data")
 
 
 def test_who_is_named_is_attached_even_if_it_was_detached(supervise, server):

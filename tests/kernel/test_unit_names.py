@@ -1,11 +1,15 @@
-"""Names that are nonsense on any machine."""
+"""Names that are nonsense on any machine, and looking without a descriptor left."""
 
 from __future__ import annotations
+
+import resource
+from pathlib import Path
 
 import pytest
 
 from nbdlink import kernel
 from nbdlink.errors import KernelError
+from nbdlink.kernel import sysfs
 
 
 @pytest.mark.parametrize(
@@ -67,3 +71,15 @@ def test_the_face_knows_its_names():
 def test_the_face_knows_no_others():
     with pytest.raises(AttributeError, match="'nonsense'"):
         kernel.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("look", [sysfs.pid, lambda _: sysfs.live_links()])
+def test_no_device_is_taken_for_free_if_nobody_can_look(look, monkeypatch):
+    monkeypatch.setattr(sysfs, "_BLOCK", Path("/proc"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(KernelError, match="too many open files"):
+            look(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from nbdlink.client.security import TLSOptions
-from nbdlink.errors import ConfigError
-from nbdlink.link.attach import secure
+from nbdlink.errors import ConfigError, ForeignExportError
+from nbdlink.link.attach import _negotiate_all, secure
 from nbdlink.link.spec import LinkSpec, describe, differences
+from nbdlink.protocol.claim import Claim
+from nbdlink.server import serve_in_thread
 from nbdlink.transport.tlsfiles import CredentialFiles
 from nbdlink.uri import Target
+from tests.server.fakes import MemoryStorage
 
 FILES = CredentialFiles(directory="/pki")
 SECURE = Target("h", export="x", tls=True)
@@ -42,3 +47,32 @@ def test_what_was_recorded_is_the_same_when_it_is_read_again():
 def test_no_way_goes_without_tls_if_the_first_does_not():
     with pytest.raises(ConfigError, match="nbd://i/x goes without TLS, which nbds://h/x demands"):
         secure(LinkSpec(SECURE, paths=(Target("i", export="x"),)))
+
+
+class Signed(MemoryStorage):
+    """A storage that says what it is."""
+
+    signature = None
+
+    def __init__(self, signature):
+        super().__init__()
+        self.signature = signature
+
+
+def negotiated(*storages):
+    """Give what comes of connections to servers of these, all of them said to be one export."""
+    with contextlib.ExitStack() as stack:
+        services = [stack.enter_context(serve_in_thread({"": storage})) for storage in storages]
+        first, *others = [Target.parse(service.uri()) for service in services]
+        spec, securities = secure(LinkSpec(first, paths=tuple(others), connections=len(storages)))
+        return _negotiate_all(spec, securities, Claim("0" * 32, 0, 0), stack)[2]
+
+
+def test_the_blocks_suit_every_route():
+    storages = [MemoryStorage(minimum_block=minimum) for minimum in (512, 4096, 1)]
+    assert negotiated(*storages).minimum_block == 4096
+
+
+def test_no_two_routes_lead_to_different_exports():
+    with pytest.raises(ForeignExportError, match="its signature is 'other', not 'one'"):
+        negotiated(MemoryStorage(), Signed("one"), Signed("other"))

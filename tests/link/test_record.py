@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import stat
 from dataclasses import replace
 
@@ -44,6 +45,17 @@ def test_records_come_by_index():
     assert [r.index for r in record.read_all()] == [2, 10]
 
 
+def test_a_record_that_cannot_be_read_now_is_not_taken_for_none():
+    record.write(SAMPLE)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(NBDError, match="too many open files"):
+            record.read(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_a_forgotten_record_is_gone():
     record.write(SAMPLE)
     record.remove(3)
@@ -54,6 +66,13 @@ def test_a_forgotten_record_is_gone():
 def test_nothing_but_the_record_is_left_behind(directory):
     record.write(SAMPLE)
     record.write(SAMPLE)
+    assert [path.name for path in directory.iterdir()] == ["nbd3.json"]
+
+
+def test_nothing_is_left_of_a_record_that_could_not_be_written(directory):
+    (directory / "nbd3.json").mkdir(parents=True)
+    with pytest.raises(NBDError, match="cannot be written"):
+        record.write(SAMPLE)
     assert [path.name for path in directory.iterdir()] == ["nbd3.json"]
 
 

@@ -165,7 +165,7 @@ class Supervisor:
             try:
                 self._configure(self._load())
                 _log.info("the configuration was read again: %d links", len(self._wanted))
-            except ConfigError as error:
+            except NBDError as error:
                 _log.error("the configuration stays as it was: %s", error)
             self._next_survey = 0.0
             notify("READY=1")
@@ -275,7 +275,10 @@ class Supervisor:
     def _survey_if_due(self, now: float) -> None:
         if now >= self._next_survey:
             self._next_survey = now + _SURVEY_SECONDS
-            self._survey()
+            try:
+                self._survey()
+            except (NBDError, OSError) as error:  # being short of something is no end of it
+                _log.warning("nothing can be seen just now: %s", error)
             self._farewell.look(self.links.values(), now)
 
     def _survey(self) -> None:
@@ -301,6 +304,12 @@ class Supervisor:
 
     def _look_at(self, index: int) -> None:
         """Look at one device, of which there is news."""
+        try:
+            self._look_closely(index)
+        except NBDError:
+            self._next_survey = 0.0  # which will say so
+
+    def _look_closely(self, index: int) -> None:
         known = record.read(index)
         if known is None or (key := self._key(known)) is None or not is_true(known):
             self._next_survey = 0.0
@@ -423,7 +432,7 @@ class Supervisor:
         try:
             if act == "attach":
                 assert spec is not None
-                result = attach_spec(spec, notice=self._notice_port)
+                result = attach_spec(spec, notice=self._notice_port, unasked=True)
             else:
                 assert index is not None
                 if act == "measure":
