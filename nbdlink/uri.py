@@ -125,7 +125,8 @@ def is_uri(text: str) -> bool:
 
 
 def _parse_short(text: str) -> Target:
-    if text.startswith("nbd:"):
+    # nbd:HOST:PORT or nbd:unix:PATH; a host may be called nbd.
+    if text.startswith("nbd:") and ":" in text.removeprefix("nbd:").partition("/")[0]:
         raise ConfigError(f"{text!r} is how QEMU once wrote it", hint="say nbd://host:port/export")
     if text.startswith(("/", "./", "../")):
         raise ConfigError(
