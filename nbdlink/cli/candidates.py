@@ -132,9 +132,9 @@ class _Line:
             self._take(word)
 
     def _take(self, word: str) -> None:
-        if self._expecting is not None:
-            self._say(self._expecting, word)
-            self._expecting = None
+        expecting, self._expecting = self._expecting, None
+        if expecting is not None and _takes(expecting, word):
+            self._say(expecting, word)
         elif self._only_operands or not word.startswith("-") or word == "-":
             self._operands.append(word)
         elif word == "--":
@@ -158,7 +158,7 @@ class _Line:
 
     def fitting(self, word: str) -> Candidates:
         """Give what fits as the next word."""
-        if self._expecting is not None:
+        if self._expecting is not None and _takes(self._expecting, word):
             return self._values(self._expecting, word)
         if word.startswith("-") and not self._only_operands:
             name, equals, value = word.partition("=")
@@ -304,6 +304,11 @@ _FILLERS: Final[Sequence[tuple[str, Callable[[_Line, str], Candidates]]]] = (
     (r".*(FILE|PATH|STORAGE|IMAGE).*", _Line._files),
 )
 """Metavars, and what gives the values of such an argument."""
+
+
+def _takes(option: argparse.Action, word: str) -> bool:
+    """Tell whether a word is the value of the option before it, which may need none."""
+    return option.nargs != "?" or word == "-" or not word.startswith("-")
 
 
 def _fitting(found: Candidates, word: str) -> Candidates:

@@ -49,6 +49,8 @@ def test_every_verb():
         (["serve", "--det"], "--detect-zeroes"),
         (["serve", "disk.img", "--onc"], "--once"),
         (["serve", "--cache", "writet"], "writethrough"),
+        (["serve", "--config", "--onc"], "--once"),
+        (["serve", "--config", "--cache", "writet"], "writethrough"),
         (["serve", "--cache=writet"], "--cache=writethrough"),
         (["attach", "--tls", "req"], "require"),
         (["qemu-nbd", "--dis"], "--discard"),
@@ -74,6 +76,7 @@ def test_every_option_is_offered(verb):
     [
         (["serve", ""], "files"),
         (["serve", "-k", ""], "files"),
+        (["serve", "--config", ""], "files"),
         (["serve", "--tls-certificates", ""], "folders"),
         (["copy", "./d"], "files"),
         (["attach", "host", "--tls-psk", "k"], "files"),
