@@ -95,7 +95,8 @@ ASK_DOCTOR: Final = "`nbdlink doctor {}` walks the way there step by step"
 
 def _connect_hint(error: OSError, target: Target) -> str:
     if isinstance(error, socket.gaierror):
-        if target.host and Path(target.host).exists():
+        # Unlike Path.exists this takes any word, be it too long for a path.
+        if target.host and os.path.exists(target.host):  # noqa: PTH110
             return f"{target.host} is a file of this machine; a server is wanted: nbdlink serve"
         return "check the host's spelling, or use an address"
     match error.errno:

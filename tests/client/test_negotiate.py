@@ -459,6 +459,7 @@ def test_tls_is_never_given_up_silently(tmp_path):
         (Target(socket="/" + "x" * 200), "too long"),
         (Target("127.0.0.1", 1), "connection refused"),
         (Target("host.invalid"), "cannot be resolved|resolution"),
+        (Target(".".join(["long"] * 60)), "cannot be resolved|resolution"),
         (Target("a..b"), "not a host name|cannot be resolved"),
     ],
 )
