@@ -112,10 +112,10 @@ def _tell_of_format(source: str, destination: str) -> None:
     """Say so if it is an image's file that becomes a disk, and not what is in the image."""
     from pathlib import Path
 
+    from nbdlink.copy.image import export_of
     from nbdlink.storage.probe import RAW, probe
-    from nbdlink.uri import is_uri
 
-    if not (is_uri(destination) or Path(destination).is_block_device()):
+    if not (export_of(destination) or Path(destination).is_block_device()):
         return  # a file of the image's, which remains one
     if Path(source).is_file() and (kind := probe(source)) != RAW:
         words = f"{source} is a {kind} image, which is copied as it is: for the disk that is in it"

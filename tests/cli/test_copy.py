@@ -97,6 +97,15 @@ def test_an_image_that_is_copied_as_it_is_to_a_disk_is_told(head, told, tmp_path
     assert ("is a qcow2 image, which is copied as it is" in capsys.readouterr().err) == told
 
 
+def test_so_it_is_to_an_address_without_a_scheme(tmp_path, capsys):
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    image.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(8184))
+    disk.write_bytes(bytes(8192))
+    with serve_in_thread({"": disk}) as service:
+        main(["copy", "--progress", str(image), service.uri("").removeprefix("nbd://")])
+    assert "is a qcow2 image, which is copied as it is" in capsys.readouterr().err
+
+
 def test_an_image_remains_one_in_a_file(tmp_path, capsys):
     (tmp_path / "image").write_bytes(b"QFI\xfb\0\0\0\3" + bytes(8184))
     main(["copy", "--progress", str(tmp_path / "image"), str(tmp_path / "new")])
