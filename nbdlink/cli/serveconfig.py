@@ -319,7 +319,8 @@ def _convert(option: argparse.Action, value: Any, folder: Path) -> Any:
     try:
         return option.type(text)
     except ValueError:
-        raise expected("a number", value) from None
+        kind = "a whole number" if option.type is int else "a number"
+        raise expected(kind, value) from None
 
 
 def _text(value: Any, what: str) -> str:

@@ -360,8 +360,7 @@ def test_a_mirror_that_came_can_be_asked(site):
         (site.folder / "three.img").write_bytes((site.folder / "two.img").read_bytes())
         site.say(ONE + '[export.m]\nmirror = ["two.img", "three.img"]\nformat = "raw"\n')
         server.process.send_signal(signal.SIGHUP)
-        while "export 'm' is offered now" not in server.process.stderr.readline():
-            pass
+        assert any("export 'm' is offered now" in line for line in server.process.stderr)
         done = run(sys.executable, "-m", "nbdlink", "mirror", "status")
         assert f"served by process {server.process.pid}" in done.stdout
 
@@ -416,7 +415,8 @@ def test_it_ends_in_order(site):
         ("[server]\nport = 70000\n" + ONE, "nbdlink.toml:2: port: '70000' is not a port"),
         ("[server]\nport = true\n" + ONE, "port takes a text or a number, not true"),
         ("[server]\nshared = 0x" + "f" * 999 + "\n" + ONE, "not one that large"),
-        ('[server]\nshared = "x"\n' + ONE, 'shared takes a number, not the text "x"'),
+        ('[server]\nshared = "x"\n' + ONE, 'shared takes a whole number, not the text "x"'),
+        ("[server]\nshared = 2.5\n" + ONE, "shared takes a whole number, not the number 2.5"),
         ("[server]\nstorage = 1\n" + ONE, "unknown key 'storage' in [server]"),
         ("server = 1\n" + ONE, "nbdlink.toml:1: server is not a table"),
     ],
