@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import time
+from pathlib import Path
 
 from nbdlink.errors import DeviceBusyError, DeviceInUseError, KernelError
 from nbdlink.kernel import module, sysfs, usage
@@ -96,13 +97,32 @@ def _guard(index: int, wait: float, *, flush: bool) -> contextlib.AbstractContex
             hint="--force detaches all the same; unwritten data is lost then",
         ) from None
     except OSError as error:
-        if not flush and error.errno != errno.EBUSY:
-            return contextlib.nullcontext()  # no node perhaps; the disconnect needs none
+        # No node perhaps, of which the disconnect needs none. And whoever has the claim, if it is
+        # a flush of ours that waits for the server that has died, keeps everybody else off.
+        if not flush and (error.errno != errno.EBUSY or _has_flush_left(index)):
+            return contextlib.nullcontext()
         raise _flush_error(index, error.errno or 0) from None
+
+
+def _has_flush_left(index: int) -> bool:
+    """Tell whether the flush of an earlier detach, which has given up on it, is still waiting."""
+    program = f"/{Path(__file__).parent.name}/flush.py".encode()
+    for opener in usage.openers(index):
+        with contextlib.suppress(OSError):  # it has come to its end
+            words = Path(f"/proc/{opener.pid}/cmdline").read_bytes().split(b"\0")
+            if any(word.endswith(program) for word in words):
+                return True
+    return False
 
 
 def _flush_error(index: int, number: int) -> KernelError:
     path = f"/dev/nbd{index}"
+    if number == errno.EBUSY and _has_flush_left(index):
+        return KernelError(
+            f"{path}: the flush of an earlier detach still waits for the server",
+            errno=number,
+            hint="--force detaches all the same; unwritten data is lost then",
+        )
     if number == errno.EBUSY:
         _refuse_if_used(index)  # somebody was faster than we looked
         return DeviceInUseError(

@@ -221,6 +221,25 @@ def test_a_silent_server_is_said_to_be_one(attach, peer):
         kernel.detach(0, wait=1.0)
 
 
+def test_a_second_try_says_that_the_first_is_not_over(attach, peer):
+    attach(index=0, timeout=600)
+    peer.answering.clear()
+    for why in ("could not be flushed", "the flush of an earlier detach still waits"):
+        with pytest.raises(KernelError, match=why):
+            kernel.detach(0, wait=1.0)
+
+
+def test_once_the_server_is_dead_an_earlier_flush_stands_in_nobodys_way(attach, peer):
+    attach(index=0, timeout=600, dead_timeout=600)
+    peer.answering.clear()
+    with pytest.raises(KernelError, match="could not be flushed"):
+        kernel.detach(0, wait=1.0)
+    peer.kill()
+    until(lambda: kernel.status(0).state is DEAD)
+    kernel.detach(0)
+    assert kernel.status(0).state is FREE
+
+
 def test_a_slow_server_is_given_the_time_it_takes(attach, peer):
     attach(index=0)
     peer.write_seconds = 0.5
