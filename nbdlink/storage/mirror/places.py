@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from nbdlink.errors import NBDError, StorageError
+from nbdlink.errors import ConfigError, NBDError, StorageError
 from nbdlink.storage.mirror.record import Entry, State, peek
 from nbdlink.uri import Target, is_uri
 
@@ -45,13 +45,24 @@ def keeps_copy(address: str) -> bool:
 
 
 def state_directory() -> Path:
-    """Give where this user's programs keep what must not be lost."""
+    """Give where this user's programs keep what must not be lost.
+
+    Raises:
+        ConfigError: that is not told, and the user has no home.
+    """
     if told := os.environ.get("NBDLINK_STATE_DIRECTORY"):
         return Path(told)
     if os.geteuid() == 0:
         return Path("/var/lib/nbdlink")
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    return Path(home) / "nbdlink"
+    if home := os.environ.get("XDG_STATE_HOME"):
+        return Path(home) / "nbdlink"
+    try:
+        return Path.home() / ".local/state/nbdlink"
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.geteuid()} has no home to keep records of mirrors in",
+            hint="say another directory: NBDLINK_STATE_DIRECTORY=/path",
+        ) from None
 
 
 def runtime_directory() -> Path:
@@ -95,7 +106,11 @@ def copy_path(mirror: str, owner: str) -> Path:
 
 def central_copies() -> list[Path]:
     """Give the copies in the state directory."""
-    return sorted((state_directory() / "mirrors").glob("*" + SUFFIX))
+    try:
+        folder = state_directory()
+    except ConfigError:
+        return []  # nor was there ever a place for one
+    return sorted((folder / "mirrors").glob("*" + SUFFIX))
 
 
 def copies_that_name(addresses: set[str]) -> list[Path]:

@@ -64,6 +64,29 @@ def test_another_file_of_that_name_is_no_record(members):
     open_storage(StorageSpec(str(members[0]), format="raw")).close()
 
 
+@pytest.fixture
+def homeless(monkeypatch):
+    """Be a user that the system does not know, as in some containers."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("NBDLINK_STATE_DIRECTORY", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.geteuid", lambda: 54321)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def test_a_user_without_a_home_opens_files_like_others(tmp_path, homeless):
+    (tmp_path / "c.img").write_bytes(bytes(SIZE))
+    open_storage(StorageSpec(str(tmp_path / "c.img"), format="raw")).close()
+
+
+def test_a_user_without_a_home_does_not_open_it_either(members, homeless):
+    with pytest.raises(StorageError, match=r"a\.img is a member of the mirror"):
+        open_storage(StorageSpec(str(members[0]), format="raw"))
+
+
 def test_nothing_is_copied_onto_it(members, tmp_path):
     (tmp_path / "new.img").write_bytes(b"x" * SIZE)
     words = ["copy", str(tmp_path / "new.img"), str(members[0])]
