@@ -136,19 +136,23 @@ def refuse_alone(word: str) -> None:
         StorageError: it is in a mirror's record.
     """
     try:
-        # A device may be in the record by another path than this one.
         names = {canonical(word)} if is_uri(word) else {canonical(word), os.path.realpath(word)}
-        states = {path: peek(path) for path in copies_that_name(names)}
+        states = {path: peek(path) for path in [*copies_that_name(names), *central_copies()]}
     except (OSError, ValueError, NBDError):
         return  # the word is no good, which is said better by who opens it
     for path, state in states.items():
-        if state and names & {entry.address for entry in state.members}:
+        if state and any(_is_called(entry.address, names) for entry in state.members):
             raise StorageError(
                 f"{word} is a member of the mirror {state.mirror}, which would not know of what is "
                 "written to it alone",
                 hint="serve the mirror, or only read it; if there is no mirror any more, remove "
                 f"{path}",
             )
+
+
+def _is_called(address: str, names: set[str]) -> bool:
+    """Tell whether a member has one of these names; a device may be recorded by a link to it."""
+    return address in names or (not is_uri(address) and os.path.realpath(address) in names)
 
 
 def device_identity(path: str) -> str | None:

@@ -9,6 +9,8 @@ import pytest
 
 from nbdlink.errors import StorageError
 from nbdlink.storage.composite.opening import Arrangement, open_several
+from nbdlink.storage.mirror.places import CENTRAL, copy_path
+from nbdlink.storage.mirror.record import Entry, RecordFile, State
 from nbdlink.storage.open import StorageSpec, open_storage
 
 SIZE = 1 << 20
@@ -52,6 +54,20 @@ def test_it_may_be_read(members, how):
 def test_the_mirror_opens_it(members):
     specs = [StorageSpec(str(path), format="raw") for path in members]
     open_several(Arrangement("mirror"), specs).close()
+
+
+def test_not_by_another_name_than_the_record_has(tmp_path, monkeypatch):
+    """As /dev/sdb, which the record has as /dev/disk/by-id/..."""
+    monkeypatch.setenv("NBDLINK_STATE_DIRECTORY", str(tmp_path))
+    (tmp_path / "sdb").write_bytes(bytes(SIZE))
+    (tmp_path / "by-id").symlink_to("sdb")
+    entries = [Entry(str(tmp_path / name), "raw", keeps_copy=False) for name in ("by-id", "other")]
+    (tmp_path / "mirrors").mkdir()
+    state = State.first(SIZE, SIZE, entries)
+    RecordFile.create(copy_path(state.mirror, CENTRAL), state)
+    for name in ("sdb", "by-id"):
+        with pytest.raises(StorageError, match=f"{name} is a member of the mirror"):
+            open_storage(StorageSpec(str(tmp_path / name), format="raw"))
 
 
 def test_without_its_record_it_is_a_file_like_others(members):
