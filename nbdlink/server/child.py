@@ -142,14 +142,18 @@ class ChildServer:
             _log.error("the credentials of one process stay as they are: %s", error)
 
     def _release(self, name: str) -> None:
-        """Close an export's storage: the first process is about to do so, and has the last word."""
+        """Close an export's files: the first process is about to do so, and has the last word."""
         export = self._catalogue.find(name)
         assert export is not None
         self._catalogue.replace(each for each in self._catalogue if each is not export)
+        storage = export.storage
         try:
-            export.storage.close()
+            if storage.may_fork:
+                storage.close()
+            else:
+                storage.disown()
         except OSError as error:
-            _log.error("%s: not closed properly: %s", export.storage.name, error.strerror)
+            _log.error("%s: not closed properly: %s", storage.name, error.strerror)
 
     def _begin(
         self,

@@ -93,9 +93,13 @@ class MirrorControl:
                 if self._closing.wait(_PAUSE):
                     return
                 continue
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._serve, args=(client,), name="mirror-client", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no more
+                client.close()
 
     def _serve(self, client: socket.socket) -> None:
         try:

@@ -217,9 +217,10 @@ class Offer:
         for plan in plans.values():
             try:
                 exports[plan.name] = self._follow(plan, exports.get(plan.name), news)
-            except NBDError as error:
+            except Exception as error:  # one that cannot be opened is no other one's loss
                 where = f"{plan.source}: " if plan.source else ""
-                _log.error("%sexport %r: %s", where, plan.name, _sentence(error))
+                words = _sentence(error) if isinstance(error, NBDError) else _words(error)
+                _log.error("%sexport %r: %s", where, plan.name, words)
         # In the order of the configuration, which is the one in which they are listed.
         self.catalogue.replace(exports[name] for name in plans if name in exports)
         for words in news:

@@ -229,3 +229,11 @@ class Storage(abc.ABC):
         Raises:
             OSError: that failed.
         """
+
+    def disown(self) -> None:  # noqa: B027 - what is left open ends with the process
+        """Let go of its files in a process forked off that may not serve it (see `may_fork`).
+
+        It lives on in the process that has opened it. So nothing may be written or said: what is
+        in memory here is as old as the fork. And no lock may be taken, as a thread that is not
+        here may have held it then.
+        """

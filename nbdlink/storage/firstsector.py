@@ -107,3 +107,8 @@ class FirstSector(Layer):
         if shared >= 0:
             os.close(shared)
         super().close()
+
+    def disown(self) -> None:
+        """Let go of what is shared, too."""
+        os.close(self._shared)
+        super().disown()

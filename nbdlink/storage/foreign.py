@@ -144,6 +144,10 @@ class ForeignStorage(Storage):
         for file in self._files:
             file.close()
 
+    def disown(self) -> None:
+        """Close the image, of which nothing is ever written."""
+        self.close()
+
 
 class _Padded(io.RawIOBase):
     """A file behind whose end there are zeroes, for as far as one block of an image may reach.

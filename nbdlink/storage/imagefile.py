@@ -115,6 +115,10 @@ class ImageFile(abc.ABC):
     def close(self) -> None:
         """Give the file back, without flushing. May be called twice."""
 
+    def disown(self) -> None:
+        """Do as `Storage.disown`."""
+        self.close()
+
 
 class PosixFile(ImageFile):
     """A regular file or a block device through the page cache. Made by `open`."""

@@ -88,3 +88,7 @@ class Layer(Storage):
     def close(self) -> None:
         """Close the storage below."""
         self.below.close()
+
+    def disown(self) -> None:
+        """Have the storage below let go of its files."""
+        self.below.disown()

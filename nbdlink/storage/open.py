@@ -417,6 +417,11 @@ class Locked(Layer):
             if fd >= 0:
                 os.close(fd)
 
+    def disown(self) -> None:
+        """Let go of the file that is locked, too."""
+        os.close(self._fd)
+        super().disown()
+
 
 def _open_to_lock(path: str) -> int:
     """Open a file to lock it.

@@ -229,6 +229,11 @@ class Overlay(Layer):
             os.close(fd)
         self.below.close()
 
+    def disown(self) -> None:
+        """Let go of the temporary file, too."""
+        os.close(self._fd)
+        super().disown()
+
 
 def _unnamed_file(size: int) -> int:
     """Make a file of that size without a name, where temporary files are to be large."""

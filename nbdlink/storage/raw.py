@@ -430,6 +430,10 @@ class RawStorage(Storage):
         if fd >= 0:
             os.close(fd)
 
+    def disown(self) -> None:
+        """Close the file, which is all that there is."""
+        self.close()
+
 
 def _check_kind(path: Path, mode: int) -> None:
     for test, kind in _KINDS:

@@ -132,3 +132,7 @@ class RemoteFile(ImageFile):
     def close(self) -> None:
         """Take leave of the server."""
         self._storage.close()
+
+    def disown(self) -> None:
+        """Say nothing to the server."""
+        self._storage.disown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -40,6 +41,8 @@ class Site:
     def open(self, what):
         if what == "missing":
             raise StorageError("missing cannot be opened")
+        if what == "too much":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         self.opened.append(MemoryStorage())
         return self.opened[-1]
 
@@ -203,6 +206,12 @@ def test_one_that_cannot_be_opened_is_no_other_ones_loss(site, caplog):
     site.renew(site.plan("x", "missing"), *site.plans, site.plan("c"))
     assert list(site.listed()) == ["a", "b", "c"]
     assert "export 'x': missing cannot be opened" in caplog.text
+
+
+def test_nor_is_one_that_fails_in_another_way(site, caplog):
+    site.renew(site.plan("c"), site.plan("x", "too much"), *site.plans)
+    assert list(site.listed()) == ["c", "a", "b"]
+    assert "export 'x': Too many open files" in caplog.text
 
 
 def test_it_is_tried_again_the_next_time(site):

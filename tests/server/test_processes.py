@@ -17,8 +17,13 @@ import pytest
 from nbdlink.errors import TransportError
 from nbdlink.server import Catalogue, Export
 from nbdlink.server.processes import Processes
+from nbdlink.storage.mirror.opening import open_mirror
+from nbdlink.storage.open import StorageSpec, open_storage
 from nbdlink.storage.raw import RawStorage
+from nbdlink.storage.remote import RemoteStorage
+from nbdlink.uri import Target
 
+from ..storage.qcow2 import qemu
 from ..transport.pairs import authority, identity
 from .fakes import DISC, OPT_STARTTLS, READ, WRITE, MemoryStorage, RawClient, request
 from .gated import GatedServer, claimed
@@ -332,3 +337,59 @@ def test_an_export_is_released_once_all_have_closed_it(tmp_path, monkeypatch):
         storage.close()
         for fd in (gate, opened, heard, entered):
             os.close(fd)
+
+
+@contextlib.contextmanager
+def beside_a_file(folder, storage):
+    """Serve a storage that may not fork by two processes, which a raw file is there for."""
+    (folder / "beside").write_bytes(bytes(4096))
+    beside = RawStorage.open(folder / "beside")
+    export = Export("it", storage)
+    processes = Processes(1, Catalogue([Export("", beside), export]))
+    try:
+        processes.start(lambda: None)
+        yield processes, export
+    finally:
+        processes.close(kill=True)
+        beside.close()
+        storage.close()
+
+
+def test_a_released_export_of_another_server_is_still_flushed(tmp_path):
+    server = Server(tmp_path, tls=False)
+    try:
+        target = Target(socket=server.addresses[0])
+        with beside_a_file(tmp_path, RemoteStorage.open(target)) as (processes, export):
+            export.storage.write(memoryview(b"unflushed"), 0, False)
+            processes.release(export)
+            export.storage.flush()
+    finally:
+        server.process.terminate()
+        server.process.communicate(timeout=20)
+
+
+# A mirror has threads by then, which newer Pythons warn of.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["mirror", "overlay", "lock_ranges", "qcow2"])
+def test_a_released_file_is_closed_everywhere(tmp_path, kind, monkeypatch):
+    image, files = tmp_path / "image", (str(tmp_path / "image"), str(tmp_path / "other"))
+    monkeypatch.setenv("NBDLINK_STATE_DIRECTORY", str(tmp_path / "state"))
+    image.write_bytes(bytes(4096))
+    if kind == "mirror":
+        (tmp_path / "other").write_bytes(bytes(4096))
+        storage = open_mirror([StorageSpec(name, format="raw") for name in files])
+    elif kind == "qcow2":
+        storage = open_storage(StorageSpec(str(qemu.create(image, "1M")), format="qcow2"))
+    else:
+        storage = open_storage(StorageSpec(str(image), format="raw", **{kind: True}))
+    with beside_a_file(tmp_path, storage) as (processes, export):
+        (child,) = processes._children
+        held = Path(f"/proc/{child.pid}/fd")
+
+        def of_it():
+            names = [str(fd.readlink()) for fd in held.iterdir()]
+            return [name for name in names if name.startswith(files)]
+
+        assert of_it()
+        processes.release(export)
+        assert not of_it()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
 
-from nbdlink.storage.lost import Witness
+from nbdlink.storage.lost import LostWrites, Witness
 
 # A device that takes writes into the page cache, and has no room when they are written back.
 DISK = """
@@ -103,6 +104,14 @@ def test_all_who_flush_at_once_are_told_what_is_lost(tmp_path, kind):
     if done.returncode == 77:
         pytest.skip(f"there is no loop device, or nothing may be mounted: {done.stderr}")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_loss_that_has_no_common_number_is_kept_too():
+    lost = LostWrites("disk")
+    lost.note(OSError(526, "Unknown error 526"))  # ESERVERFAULT, as NFS gives it
+    with pytest.raises(OSError, match="earlier writes were lost") as caught:
+        lost.check()
+    assert caught.value.errno == errno.EIO
 
 
 def test_a_witness_that_nobody_keeps_is_closed(tmp_path):

@@ -185,6 +185,11 @@ class Spread(Storage):
         self._all([member.close for member in self.members])
         self._threads.close()
 
+    def disown(self) -> None:
+        """Have all members let go of their files."""
+        for member in self.members:
+            member.disown()
+
     def _all(self, jobs: Sequence[Callable[[], None]]) -> None:
         for failure in self._threads.all(jobs):
             if failure is not None:

@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from nbdlink.errors import NBDError, StorageError
+from nbdlink.errors import ConfigError, NBDError, StorageError
 from nbdlink.storage.mirror.record import Entry, State, peek
 from nbdlink.uri import Target, is_uri
 
@@ -45,13 +45,24 @@ def keeps_copy(address: str) -> bool:
 
 
 def state_directory() -> Path:
-    """Give where this user's programs keep what must not be lost."""
+    """Give where this user's programs keep what must not be lost.
+
+    Raises:
+        ConfigError: that is not told, and the user has no home.
+    """
     if told := os.environ.get("NBDLINK_STATE_DIRECTORY"):
         return Path(told)
     if os.geteuid() == 0:
         return Path("/var/lib/nbdlink")
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    return Path(home) / "nbdlink"
+    if home := os.environ.get("XDG_STATE_HOME"):
+        return Path(home) / "nbdlink"
+    try:
+        return Path.home() / ".local/state/nbdlink"
+    except RuntimeError:
+        raise ConfigError(
+            f"user {os.geteuid()} has no home to keep records of mirrors in",
+            hint="say another directory: NBDLINK_STATE_DIRECTORY=/path",
+        ) from None
 
 
 def runtime_directory() -> Path:
@@ -95,7 +106,11 @@ def copy_path(mirror: str, owner: str) -> Path:
 
 def central_copies() -> list[Path]:
     """Give the copies in the state directory."""
-    return sorted((state_directory() / "mirrors").glob("*" + SUFFIX))
+    try:
+        folder = state_directory()
+    except ConfigError:
+        return []  # nor was there ever a place for one
+    return sorted((folder / "mirrors").glob("*" + SUFFIX))
 
 
 def copies_that_name(addresses: set[str]) -> list[Path]:
@@ -121,19 +136,23 @@ def refuse_alone(word: str) -> None:
         StorageError: it is in a mirror's record.
     """
     try:
-        # A device may be in the record by another path than this one.
         names = {canonical(word)} if is_uri(word) else {canonical(word), os.path.realpath(word)}
-        states = {path: peek(path) for path in copies_that_name(names)}
+        states = {path: peek(path) for path in [*copies_that_name(names), *central_copies()]}
     except (OSError, ValueError, NBDError):
         return  # the word is no good, which is said better by who opens it
     for path, state in states.items():
-        if state and names & {entry.address for entry in state.members}:
+        if state and any(_is_called(entry.address, names) for entry in state.members):
             raise StorageError(
                 f"{word} is a member of the mirror {state.mirror}, which would not know of what is "
                 "written to it alone",
                 hint="serve the mirror, or only read it; if there is no mirror any more, remove "
                 f"{path}",
             )
+
+
+def _is_called(address: str, names: set[str]) -> bool:
+    """Tell whether a member has one of these names; a device may be recorded by a link to it."""
+    return address in names or (not is_uri(address) and os.path.realpath(address) in names)
 
 
 def device_identity(path: str) -> str | None:

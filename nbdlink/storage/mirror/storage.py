@@ -468,6 +468,13 @@ class Mirror(Storage):
             if failure is not None:
                 raise failure
 
+    def disown(self) -> None:
+        """Let go of all members and copies of the record, as they are."""
+        for each in self.members:
+            if each.storage:
+                each.storage.disown()
+        self.membership.copies.close()
+
     @property
     def is_closing(self) -> bool:
         """Whether it is to end."""

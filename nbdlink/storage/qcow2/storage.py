@@ -418,6 +418,13 @@ class Qcow2Storage(Storage):
             if self.backing is not None:
                 self.backing.close()
 
+    def disown(self) -> None:
+        """Let go of all files, as they are."""
+        self._image.file.disown()
+        self._data.disown()
+        if self.backing is not None:
+            self.backing.disown()
+
     def _new_cluster(self) -> int:
         writer = self._writer
         assert writer is not None

@@ -9,6 +9,8 @@ import pytest
 
 from nbdlink.errors import StorageError
 from nbdlink.storage.composite.opening import Arrangement, open_several
+from nbdlink.storage.mirror.places import CENTRAL, copy_path
+from nbdlink.storage.mirror.record import Entry, RecordFile, State
 from nbdlink.storage.open import StorageSpec, open_storage
 
 SIZE = 1 << 20
@@ -54,6 +56,20 @@ def test_the_mirror_opens_it(members):
     open_several(Arrangement("mirror"), specs).close()
 
 
+def test_not_by_another_name_than_the_record_has(tmp_path, monkeypatch):
+    """As /dev/sdb, which the record has as /dev/disk/by-id/..."""
+    monkeypatch.setenv("NBDLINK_STATE_DIRECTORY", str(tmp_path))
+    (tmp_path / "sdb").write_bytes(bytes(SIZE))
+    (tmp_path / "by-id").symlink_to("sdb")
+    entries = [Entry(str(tmp_path / name), "raw", keeps_copy=False) for name in ("by-id", "other")]
+    (tmp_path / "mirrors").mkdir()
+    state = State.first(SIZE, SIZE, entries)
+    RecordFile.create(copy_path(state.mirror, CENTRAL), state)
+    for name in ("sdb", "by-id"):
+        with pytest.raises(StorageError, match=f"{name} is a member of the mirror"):
+            open_storage(StorageSpec(str(tmp_path / name), format="raw"))
+
+
 def test_without_its_record_it_is_a_file_like_others(members):
     members[0].with_name("a.img.mirror").unlink()
     open_storage(StorageSpec(str(members[0]), format="raw")).close()
@@ -62,6 +78,29 @@ def test_without_its_record_it_is_a_file_like_others(members):
 def test_another_file_of_that_name_is_no_record(members):
     members[0].with_name("a.img.mirror").write_text("what I see in it")
     open_storage(StorageSpec(str(members[0]), format="raw")).close()
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """Be a user that the system does not know, as in some containers."""
+
+    def unknown(number):
+        raise KeyError(number)
+
+    for name in ("NBDLINK_STATE_DIRECTORY", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.geteuid", lambda: 54321)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def test_a_user_without_a_home_opens_files_like_others(tmp_path, homeless):
+    (tmp_path / "c.img").write_bytes(bytes(SIZE))
+    open_storage(StorageSpec(str(tmp_path / "c.img"), format="raw")).close()
+
+
+def test_a_user_without_a_home_does_not_open_it_either(members, homeless):
+    with pytest.raises(StorageError, match=r"a\.img is a member of the mirror"):
+        open_storage(StorageSpec(str(members[0]), format="raw"))
 
 
 def test_nothing_is_copied_onto_it(members, tmp_path):
