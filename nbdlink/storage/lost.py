@@ -114,8 +114,8 @@ class Witness:
 
         Nothing may have been written to the file yet.
         """
-        fd = _reopened(file)
-        return None if fd < 0 or _sync_file_range() is None else cls(file, fd)
+        fd = -1 if _sync_file_range() is None else _reopened(file)
+        return None if fd < 0 else cls(file, fd)
 
     def ask(self, note: Callable[[OSError], None]) -> None:
         """Have `note` called if a write-back has failed since the last time; in any thread."""

@@ -129,6 +129,9 @@ class _Aside:
         self._command += [__spec__.name, *words, "--results", str(results)]
         self._command += ["--closing-line", str(self._closing_line), "--", *arguments]
         self._process: subprocess.Popen[bytes] | None = None
+        self._starting = threading.Lock()
+        self._is_ended = False
+        self._error: Exception | None = None
         self._is_over = threading.Event()
 
     def run(self) -> None:
@@ -136,10 +139,15 @@ class _Aside:
         show.say(f"tests: {self.name}")
         try:
             with self._log.open("wb") as sink:
-                self._process = subprocess.Popen(
-                    self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
-                )
+                with self._starting:
+                    if self._is_ended:
+                        return
+                    self._process = subprocess.Popen(
+                        self._command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+                    )
                 self._process.wait()
+        except OSError as error:
+            self._error = error
         finally:
             self._is_over.set()
 
@@ -151,24 +159,26 @@ class _Aside:
                 is_over = self._is_over.wait(_GLANCE)  # before the last look
                 sys.stdout.buffer.write(source.read())
                 sys.stdout.flush()
+        if self._error is not None:
+            show.say(f"{self.name}: {self._error}")
         return Counts.parse(self._closing_line.read_text())
 
     def end(self) -> None:
         """Have it end, if it still runs."""
-        if self._process is not None:
-            self._process.terminate()
+        with self._starting:
+            self._is_ended = True
+            if self._process is not None:
+                self._process.terminate()
 
 
-def _side_by_side(parts: Sequence[_Aside]) -> dict[str, Counts]:
-    """Run all parts, some at a time; give how each of them ended."""
+def _side_by_side(parts: Sequence[_Aside], counts: dict[str, Counts]) -> None:
+    """Run all parts, some at a time; note how each of them has ended."""
     with concurrent.futures.ThreadPoolExecutor(_AT_A_TIME) as pool:
         running = [pool.submit(part.run) for part in parts]
         try:
-            counts = {}
             for part in parts:
                 show.say(f"this is {part.name}:")
                 counts[part.name] = part.follow()
-            return counts
         finally:
             for future in running:
                 future.cancel()
@@ -267,7 +277,7 @@ def main() -> int:
             for series in options.kernel:
                 others = _left_to_others(series, options.kernel)
                 asides.append(_Aside(["--kernel", series], results, [*arguments, *others]))
-            parts.update(_side_by_side(asides))
+            _side_by_side(asides, parts)
         elif options.host:
             parts["host"] = on_host(results, arguments)
         elif systemd:
