@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.progress is not None:
         visible = arguments.progress
     if visible:
-        _tell_of_format(spec.source, spec.destination)
+        with contextlib.suppress(OSError):  # said better by who opens them
+            _tell_of_format(spec.source, spec.destination)
     with contextlib.ExitStack() as stack:
         watch = None
         if visible:

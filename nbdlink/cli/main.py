@@ -69,7 +69,7 @@ def _nearest(word: object, known: Iterable[object]) -> str | None:
     """Give the known word that `word` is likely a slip of, or None."""
     import difflib
 
-    near = difflib.get_close_matches(str(word).partition("=")[0], map(str, known), 1)
+    near = difflib.get_close_matches(str(word).partition("=")[0], map(str, known), 1, 0.7)
     return near[0] if near else None
 
 

@@ -25,7 +25,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdlink.errors import NBDError, StorageError
 from nbdlink.protocol.constants import BITMAP_CONTEXT
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from nbdlink.server.sessions import Sessions
 
 _log = logging.getLogger("nbdlink.server")
+
+_PATIENCE: Final = 5.0
+"""Seconds that who comes, changes or goes just now may take when the service ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +170,15 @@ class Offer:
 
     def end(self) -> list[Storage]:
         """Let nothing come or go any more; give every storage that is open, to be closed."""
-        with self._lock:
-            self._ended = True
+        self._ended = True
+        if not self._lock.acquire(timeout=_PATIENCE):
+            # A dead disk of one is not to keep the others from being flushed.
+            _log.error("an export that was withdrawn cannot be closed, and is left behind")
+            return self.catalogue.storages
+        try:
             return self.storages
+        finally:
+            self._lock.release()
 
     def begin(self) -> None:
         """Have what is beside the exports begin, once the service has done its forks.

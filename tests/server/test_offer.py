@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -354,6 +355,30 @@ def test_a_bug_ends_nothing_and_it_may_be_tried_again(program):
     assert program.logs("unexpected ZeroDivisionError")
     program.hang_up()
     assert program.process.stdout.readline() == "flushing\n"
+
+
+def test_one_that_cannot_be_closed_keeps_no_other_from_it(
+    tmp_path, nothing_leaks, caplog, monkeypatch
+):
+    monkeypatch.setattr("nbdlink.server.offer._PATIENCE", 0.05)
+    site = Site(tmp_path / "socket")
+    flushing, dead = threading.Event(), threading.Event()
+
+    def flush():
+        flushing.set()
+        dead.wait()
+
+    site.opened[1].flush = flush
+    with site.service:
+        renewal = threading.Thread(target=site.renew, args=(site.plan("a"),))
+        renewal.start()
+        assert flushing.wait(20)
+        site.service.stop()
+        assert site.service.join(20)
+    assert site.opened[0].closed
+    assert "cannot be closed, and is left behind" in caplog.text
+    dead.set()
+    renewal.join()
 
 
 def test_without_a_configuration_nothing_changes(tmp_path, nothing_leaks, caplog):
