@@ -39,9 +39,9 @@ mount --make-rslave "$root/dev"
 # An initial file system for every machine, not just for the one that makes the box.
 chroot "$root" env DEBIAN_FRONTEND=noninteractive sh -c '
     apt-get update
-    apt-get install -y --no-install-recommends linux-image-amd64 initramfs-tools
+    apt-get install -y --no-install-recommends initramfs-tools zstd
     echo MODULES=most >>/etc/initramfs-tools/initramfs.conf
-    update-initramfs -u'
+    apt-get install -y --no-install-recommends linux-image-amd64'
 install -m 755 "$here/provision.sh" "$root/root/provision.sh"
 chroot "$root" /root/provision.sh machine
 rm "$root/root/provision.sh"
