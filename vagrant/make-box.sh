@@ -1,11 +1,12 @@
 #!/bin/sh
-# Make a Vagrant box for libvirt out of nothing but Debian packages:
+# Make a Vagrant box for libvirt out of Debian packages, and of the few that pip brings to them:
 #
 #     make-box.sh OUTPUT.box
 #
-# It is Debian 12 with its stock kernel, and with what provision.sh installs, which would take
-# half an hour in a machine without KVM. There is no boot loader in it: its own Vagrantfile has
-# libvirt start the kernel. Needs root, debootstrap, e2fsprogs and qemu-utils, and 5 GB.
+# It is Debian 12 with its stock kernel, and with what provision.sh and environment.sh install, which
+# would take half an hour in a machine without KVM. There is no boot loader in it: its own
+# Vagrantfile has libvirt start the kernel. Needs root, debootstrap, e2fsprogs, python3-venv and
+# qemu-utils, and 5 GB.
 set -eu
 
 if [ $# -ne 1 ] || [ "$(id -u)" -ne 0 ]; then
@@ -38,13 +39,23 @@ mount --make-rslave "$root/dev"
 # An initial file system for every machine, not just for the one that makes the box.
 chroot "$root" env DEBIAN_FRONTEND=noninteractive sh -c '
     apt-get update
-    apt-get install -y --no-install-recommends linux-image-amd64 initramfs-tools
+    apt-get install -y --no-install-recommends initramfs-tools zstd
     echo MODULES=most >>/etc/initramfs-tools/initramfs.conf
-    update-initramfs -u'
+    apt-get install -y --no-install-recommends linux-image-amd64'
 install -m 755 "$here/provision.sh" "$root/root/provision.sh"
-chroot "$root" /root/provision.sh kernel
+chroot "$root" /root/provision.sh machine
 rm "$root/root/provision.sh"
 chroot "$root" apt-get clean
+
+# Fetched from here, where pip knows its way.
+python3 -m venv "$work/pip"
+"$work/pip/bin/python" -m pip download --quiet --disable-pip-version-check --python-version 3.11 \
+    --only-binary :all: --dest "$root/root/wheels" -r "$here/requirements.txt"
+install -D -t "$root/nbdlink/vagrant" "$here/requirements.txt" "$here/environment.sh"
+chroot "$root" env PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS=/root/wheels \
+    /nbdlink/vagrant/environment.sh
+chroot "$root" /nbdlink/.venv/bin/python -m compileall -q /nbdlink/.venv
+rm -r "$root/root/wheels"
 
 # The user, the key and the rights that Vagrant expects of a box.
 chroot "$root" useradd --create-home --shell /bin/bash vagrant
@@ -68,7 +79,7 @@ cp "$root"/boot/vmlinuz-* "$work/vmlinuz"
 cp "$root"/boot/initrd.img-* "$work/initrd.img"
 size=8
 mke2fs -q -t ext4 -L root -d "$root" "$work/disk.raw" "${size}G"
-qemu-img convert -c -O qcow2 "$work/disk.raw" "$work/box.img"
+qemu-img convert -c -O qcow2 -o compression_type=zstd "$work/disk.raw" "$work/box.img"
 printf '{"provider": "libvirt", "format": "qcow2", "virtual_size": %s}\n' "$size" \
     >"$work/metadata.json"
 cat >"$work/Vagrantfile" <<'RUBY'

@@ -1,10 +1,12 @@
 #!/bin/sh
 # Install the Debian packages of one group:
 #
-#     provision.sh demo|kernel|deb|test|bench
+#     provision.sh demo|kernel|machine|deb|test|bench
 #
 # demo   what `make demo` takes: a virtual machine and the tools to make a file system
 # kernel demo, and the programs of others that the tests speak to
+# machine
+#        kernel, and the modules that nbdlink runs with, for the machines of the Vagrantfile
 # deb    what builds and checks the Debian package
 # test   kernel and deb, and what looks at pages, completions and machines
 # bench  test, and a compiler for the programs that benchmarks compare with, one of which is a
@@ -31,9 +33,11 @@ kernel="$kernel dmsetup"
 deb="build-essential debhelper debootstrap dh-python lintian pybuild-plugin-pyproject"
 deb="$deb python3-all python3-setuptools"
 # The Debian package runs with these.
-test="python3-openssl python3-pyroute2 python3-pyudev python3-rich"
+modules="python3-openssl python3-pyroute2 python3-pyudev python3-rich"
+# With which pip installs nbdlink there without fetching anything.
+machine="$modules python3-setuptools python3-wheel"
 # Manual pages are set by both, and completions tried in these shells.
-test="$test man-db mandoc fish zsh"
+test="$modules man-db mandoc fish zsh"
 # For `vagrant validate`.
 test="$test vagrant vagrant-libvirt"
 bench="gcc libc6-dev nbdkit-plugin-dev"
@@ -41,11 +45,12 @@ bench="gcc libc6-dev nbdkit-plugin-dev"
 case ${1-} in
 demo) packages=$demo ;;
 kernel) packages="$demo $kernel" ;;
+machine) packages="$demo $kernel $machine" ;;
 deb) packages=$deb ;;
 test) packages="$demo $kernel $deb $test" ;;
 bench) packages="$demo $kernel $bench" ;;
 *)
-    echo "usage: $0 demo|kernel|deb|test|bench" >&2
+    echo "usage: $0 demo|kernel|machine|deb|test|bench" >&2
     exit 2
     ;;
 esac

@@ -30,4 +30,4 @@ trap - EXIT
 echo "the other machine's disk has kept all that was written"
 
 # These detach every device that they find, which this variable allows.
-NBDLINK_THROWAWAY_MACHINE=1 .venv/bin/python -m pytest -m kernel "$@"
+NBDLINK_THROWAWAY_MACHINE=1 .venv/bin/python -m pytest -m kernel -o testpaths=tests/kernel "$@"

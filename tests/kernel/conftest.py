@@ -147,15 +147,35 @@ def without_udevd():
         _start_udevd()
 
 
+# Those of udevd where systemd is process 1, which holds udevd's sockets, and starts another one for
+# whoever speaks to them.
+_UDEVD_UNITS = [
+    f"systemd-udevd{name}" for name in ("-control.socket", "-kernel.socket", ".service")
+]
+
+
+def _has_systemd():
+    return Path("/run/systemd/system").exists()
+
+
 def _start_udevd():
-    Path("/run/udev").mkdir(exist_ok=True)
-    subprocess.run(["/lib/systemd/systemd-udevd", "--daemon"], check=True, capture_output=True)
+    if _has_systemd():
+        # Or it is started too often.
+        subprocess.run(["systemctl", "reset-failed", *_UDEVD_UNITS], check=False)
+        subprocess.run(["systemctl", "start", *_UDEVD_UNITS], check=True)
+    else:
+        Path("/run/udev").mkdir(exist_ok=True)
+        subprocess.run(["/lib/systemd/systemd-udevd", "--daemon"], check=True, capture_output=True)
     until(udev.runs)
     subprocess.run(["udevadm", "settle"], check=True)
 
 
 def _stop_udevd():
     subprocess.run(["udevadm", "settle"], check=True)
+    if _has_systemd():
+        subprocess.run(["systemctl", "stop", *_UDEVD_UNITS], check=True)
+        until(lambda: not udev.runs())
+        return
     for _ in range(6):
         # Now and then one is lost, without a word, when the machine is busy.
         subprocess.run(["udevadm", "control", "--exit"], check=False, capture_output=True)

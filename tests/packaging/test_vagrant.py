@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tomllib
 
 import pytest
 
@@ -33,6 +34,16 @@ def test_vagrant_takes_the_file(driver, tmp_path):
     assert (done.returncode, done.stdout) == (0, "Vagrantfile validated successfully.\n")
 
 
-@pytest.mark.parametrize("name", ["make-box.sh", "provision.sh", "serve.sh", "suite.sh"])
+@pytest.mark.parametrize(
+    "name", ["environment.sh", "make-box.sh", "provision.sh", "serve.sh", "suite.sh"]
+)
 def test_the_shell_can_read_a_script(name):
     assert subprocess.run(["sh", "-n", PROJECT / "vagrant" / name]).returncode == 0
+
+
+def test_pip_brings_what_the_tests_bound():
+    lines = (PROJECT / "vagrant" / "requirements.txt").read_text().splitlines()
+    wanted = {line for line in lines if not line.startswith("#")}
+    assert wanted
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    assert wanted <= set(project["optional-dependencies"]["dev"])
