@@ -24,7 +24,7 @@ from nbdlink.toml.document import (
     read_document,
     read_documents,
 )
-from nbdlink.toml.words import at, expected
+from nbdlink.toml.words import at, expected, of_key, read_text
 from nbdlink.transport.tlsfiles import printable
 from nbdlink.uri import is_uri
 
@@ -244,8 +244,7 @@ class ServerConfiguration:
                 else:
                     converted = _convert(self._options[f"--{key}"], value, document.path.parent)
             except ConfigError as error:
-                link = " " if str(error).startswith(("takes ", "is ")) else ": "
-                raise at(source, ConfigError(f"{key}{link}{error}", hint=error.hint)) from None
+                raise at(source, of_key(key, error)) from None
             return _Said(converted, source)
 
         table = document.content
@@ -291,7 +290,7 @@ class ServerConfiguration:
 
 def _own(key: str, value: Any) -> str | list[str]:
     if key in ("storage", "signature"):
-        return _text(value, "a text")
+        return read_text(value)
     if texts := _texts(value):
         return texts
     raise ConfigError("is empty", hint="leave it out, or name one")
@@ -313,7 +312,7 @@ def _convert(option: argparse.Action, value: Any, folder: Path) -> Any:
     if option.choices is not None and text not in option.choices:
         raise expected("one of " + ", ".join(f'"{each}"' for each in option.choices), value)
     if option.metavar in _PATHS:
-        return str(folder / _text(value, "a path"))
+        return str(folder / read_text(value, "a path"))
     if not callable(option.type):
         return text
     try:
@@ -323,17 +322,7 @@ def _convert(option: argparse.Action, value: Any, folder: Path) -> Any:
         raise expected(kind, value) from None
 
 
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise expected(what, value)
-    if not value:
-        raise ConfigError("is empty", hint="leave it out, or give it a value")
-    if "\0" in value:
-        raise ConfigError(f"takes {what}, and that cannot contain NUL")
-    return value
-
-
 def _texts(value: Any) -> list[str]:
     """Read a list of texts, or one that stands for itself."""
     values = value if isinstance(value, list) else [value]
-    return [_text(each, "a text or a list of texts") for each in values]
+    return [read_text(each, "a text or a list of texts") for each in values]

@@ -22,6 +22,33 @@ def at(source: str, error: ConfigError) -> ConfigError:
     return ConfigError(f"{printable(source)}: {message}", hint=hint)
 
 
+def of_key(key: str, error: ConfigError) -> ConfigError:
+    """Give an error of what was said for a key, with the key in it."""
+    # "takes a number" and "is empty" are said of the key; other sentences stand by themselves.
+    link = " " if str(error).startswith(("takes ", "is ")) else ": "
+    return ConfigError(f"{key}{link}{error}", hint=error.hint)
+
+
+def read_text(value: object, what: str = "a text", *, empty: bool = False) -> str:
+    """Read a text.
+
+    Args:
+        value: what was said.
+        what: what is taken, for messages.
+        empty: whether it may be empty.
+
+    Raises:
+        ConfigError: it is none, or one that no path and no name can be; see `of_key`.
+    """
+    if not isinstance(value, str):
+        raise expected(what, value)
+    if "\0" in value:
+        raise ConfigError(f"takes {what}, and that cannot contain NUL")
+    if not value and not empty:
+        raise ConfigError("is empty", hint="leave it out, or give it a value")
+    return value
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Give a hint for a word that is not known."""
     known = list(known)

@@ -86,25 +86,30 @@ def resident(path):
     return sum(each & 1 for each in answer.raw)
 
 
-@pytest.mark.parametrize(("offset", "length"), [(200, 100), (0, 4096), (200, 8192)])
-def test_a_neighbour_waits_while_a_block_is_read_to_be_written_back(
-    storage, monkeypatch, offset, length
-):
-    # What it wrote in between would be undone.
+def _write_beside(monkeypatch, storage, other, data, offset):
+    """Write part of a block, and in the middle of that something else to `other`."""
     real, others = os.preadv, []
 
     def preadv(fd, buffers, position, flags=0):
         count = real(fd, buffers, position, flags)
         if not others:
-            others.append(threading.Thread(target=write, args=(storage, b"b" * length, offset)))
+            others.append(threading.Thread(target=write, args=(other, data, offset)))
             others[0].start()
             others[0].join(0.3)  # comes back at once if the neighbour does not wait
         return count
 
-    monkeypatch.setattr(os, "preadv", preadv)
-    write(storage, b"a" * 100, 0)
-    others[0].join()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", preadv)
+        write(storage, b"a" * 100, 0)
+        others[0].join()
+
+
+@pytest.mark.parametrize(("offset", "length"), [(200, 100), (0, 4096), (200, 8192)])
+def test_a_neighbour_waits_while_a_block_is_read_to_be_written_back(
+    storage, monkeypatch, offset, length
+):
+    # What it wrote in between would be undone.
+    _write_beside(monkeypatch, storage, storage, b"b" * length, offset)
     content = read(storage, 0, 16384)
     assert content[max(100, offset) : offset + length] == b"b" * (
         offset + length - max(100, offset)
@@ -114,20 +119,7 @@ def test_a_neighbour_waits_while_a_block_is_read_to_be_written_back(
 
 def test_a_neighbour_of_another_export_of_the_file_waits_as_well(storage, monkeypatch):
     other = DirectStorage.open(storage.path, offset=200)
-    real, others = os.preadv, []
-
-    def preadv(fd, buffers, position, flags=0):
-        count = real(fd, buffers, position, flags)
-        if not others:
-            others.append(threading.Thread(target=write, args=(other, b"b" * 100, 0)))
-            others[0].start()
-            others[0].join(0.3)  # comes back at once if the neighbour does not wait
-        return count
-
-    monkeypatch.setattr(os, "preadv", preadv)
-    write(storage, b"a" * 100, 0)
-    others[0].join()
-    monkeypatch.undo()
+    _write_beside(monkeypatch, storage, other, b"b" * 100, 0)
     assert read(storage, 200, 100) == b"b" * 100
     other.close()
 

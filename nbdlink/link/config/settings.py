@@ -17,7 +17,7 @@ from nbdlink.errors import ConfigError, KernelError
 from nbdlink.link.record import TLS_ROADS
 from nbdlink.link.spec import LinkSpec, check
 from nbdlink.sizes import parse_size
-from nbdlink.toml.words import at, expected
+from nbdlink.toml.words import at, expected, of_key, read_text
 from nbdlink.transport.tlsfiles import POLICIES
 from nbdlink.uri import Target
 
@@ -61,23 +61,17 @@ class Setting:
     everywhere: bool = True
 
 
-def _text(value: Any, _folder: Path, what: str = "a text", *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise expected(what, value)
-    if "\0" in value:
-        raise ConfigError(f"takes {what}, and that cannot contain NUL")
-    if not value and not empty:
-        raise ConfigError("is empty", hint="leave it out, or give it a value")
-    return value
+def _word(value: Any, _folder: Path) -> str:
+    return read_text(value)
 
 
-def _name(value: Any, folder: Path) -> str:
-    return _text(value, folder, empty=True)
+def _name(value: Any, _folder: Path) -> str:
+    return read_text(value, empty=True)
 
 
 def _file(value: Any, folder: Path) -> str:
     # Not resolved: links may be renewed under a running supervisor.
-    return str(folder / _text(value, folder, "a path"))
+    return str(folder / read_text(value, "a path"))
 
 
 def _switch(value: Any, _folder: Path) -> bool:
@@ -123,8 +117,8 @@ def _choice(words: tuple[str, ...]) -> Callable[[Any, Path], str]:
     return convert
 
 
-def _device(value: Any, folder: Path) -> str:
-    text = _text(value, folder, "a device")
+def _device(value: Any, _folder: Path) -> str:
+    text = read_text(value, "a device")
     if not re.fullmatch(r"(/dev/)?nbd[0-9]{1,9}", text):
         raise expected("a device such as /dev/nbd0", value)
     try:
@@ -134,7 +128,7 @@ def _device(value: Any, folder: Path) -> str:
 
 
 def _target(value: Any, folder: Path) -> Target:
-    return _anchored(Target.parse(_text(value, folder, "a target", empty=True)), folder)
+    return _anchored(Target.parse(read_text(value, "a target", empty=True)), folder)
 
 
 def _targets(value: Any, folder: Path) -> tuple[Target, ...]:
@@ -178,8 +172,8 @@ SETTINGS: Final = {
         Setting("tls-crl", _file, "files", "revocation"),
         Setting("tls-passphrase", _file, "files", "passphrase"),
         Setting("tls-psk", _file, "files", "psk"),
-        Setting("tls-username", _text, "files", "username"),
-        Setting("tls-hostname", _text, "tls", "hostname"),
+        Setting("tls-username", _word, "files", "username"),
+        Setting("tls-hostname", _word, "tls", "hostname"),
         Setting("tls-verify-peer", _switch, "tls", "verify_peer"),
         Setting("tls-verify-depth", _depth, "files", "verify_depth"),
         Setting("tls-road", _choice(TLS_ROADS), "link", "tls_road"),
@@ -210,7 +204,5 @@ def read_value(
         if setting.place == "link":
             check(replace(_ANYWHERE, **{setting.field: converted}))
     except ConfigError as error:
-        # "takes a number" and "is empty" are said of the key; other sentences stand by themselves.
-        link = " " if str(error).startswith(("takes ", "is ")) else ": "
-        raise at(source, ConfigError(f"{word or key}{link}{error}", hint=error.hint)) from None
+        raise at(source, of_key(word or key, error)) from None
     return Value(converted, source)

@@ -14,6 +14,7 @@ import pytest
 
 from nbdlink.storage.layer import Layer
 from nbdlink.storage.mirror.opening import open_mirror
+from nbdlink.storage.mirror.record import RecordFile
 from nbdlink.storage.open import StorageSpec, open_storage
 
 SIZE = 40 << 10
@@ -59,6 +60,15 @@ class Faulty(Layer):
     def flush(self):
         self._do("flush")
         super().flush()
+
+
+def regions(path):
+    """Give the regions in the bitmap of the record beside a member."""
+    fd = os.open(f"{path}.mirror", os.O_RDONLY)
+    try:
+        return RecordFile(path, fd, writable=False).regions
+    finally:
+        os.close(fd)
 
 
 class Place:

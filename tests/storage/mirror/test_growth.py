@@ -17,7 +17,7 @@ from nbdlink.storage.mirror.record import RecordFile, peek
 from nbdlink.storage.open import Part
 
 from ..arrays import read, write
-from .conftest import REGION, SIZE
+from .conftest import REGION, SIZE, regions
 
 MORE = SIZE + 3 * REGION + 1000
 
@@ -104,14 +104,6 @@ def test_what_is_written_there_meanwhile_is_in_all(place):
     assert read(mirror) == expected
     mirror.close()
     assert place.path("a").read_bytes() == place.path("b").read_bytes() == expected
-
-
-def regions(path):
-    fd = os.open(f"{path}.mirror", os.O_RDONLY)
-    try:
-        return RecordFile(path, fd, writable=False).regions
-    finally:
-        os.close(fd)
 
 
 def test_its_regions_are_recorded_until_they_are_alike(place):

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdlink.storage.mirror.record import RecordFile, peek
+from nbdlink.storage.mirror.record import peek
 
 from ..arrays import play, read, scripts, told, write
-from .conftest import REGION, SIZE, Place
+from .conftest import REGION, SIZE, Place, regions
 
 
 def recorded(path):
@@ -198,14 +198,6 @@ def test_a_member_whose_copy_cannot_be_written_is_dropped(place, monkeypatch):
 
 
 # The bitmap.
-
-
-def regions(path):
-    fd = os.open(f"{path}.mirror", os.O_RDONLY)
-    try:
-        return RecordFile(path, fd, writable=False).regions
-    finally:
-        os.close(fd)
 
 
 def test_a_region_is_in_the_bitmap_before_it_is_written(place):
